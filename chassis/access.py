@@ -1,0 +1,328 @@
+"""Who may see whom, decided in every service from its own projection, read through where that can't be sure."""
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from care.access.v1 import access_pb2
+from sqlalchemy import ARRAY, Boolean, Text, Uuid, bindparam, func, text
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.sql.elements import TextClause
+
+from chassis.auth import Identity
+from chassis.errors import Problem, Unauthenticated, Unavailable
+from chassis.tables import Access as AccessTables
+from chassis.wire import to_time
+
+PARTITIONS = 12
+"""Partitions of a topic, fixed at its creation; the heartbeat crosses each."""
+_DENIES_FREE, _DENIES_WINDOW, _DENIES_PAUSE = 20, 10.0, 2.0
+_CALLERS_AT_MOST = 10_000
+
+
+class NeedSubject(Exception):
+    """A row that is about these subjects is out of sight by the local projection: read through and try once more."""
+
+    def __init__(self, subject_ids: Iterable[str]) -> None:
+        super().__init__()
+        self.subject_ids = [one for one in subject_ids if one]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, as this service's projection knows them."""
+
+    kind: str
+    """`staff`, `patient`, `related`, `system` or `link`."""
+    id: str
+    tenant_id: str
+    permissions: frozenset[str] = frozenset()
+    roles: tuple[str, ...] = ()
+    group_ids: tuple[str, ...] = ()
+    clearances: tuple[str, ...] = ()
+
+    @property
+    def actor(self) -> str:
+        """As it stands in events, history and audit."""
+        return "link" if self.kind == "link" else f"{self.kind}:{self.id}"
+
+    @property
+    def mine(self) -> list[str]:
+        """Ids by which records may be granted to this caller."""
+        return [self.id, *self.group_ids]
+
+
+_PRINCIPAL = text("""
+SELECT p.kind, p.principal_id, p.roles, p.group_ids, p.clearances, p.active,
+       coalesce((SELECT array_agg(DISTINCT one) FROM role_permissions r, unnest(r.permissions) AS one
+                  WHERE r.tenant_id = p.tenant_id AND r.name = ANY(p.roles)), '{}') AS permissions
+  FROM principal p
+ WHERE p.tenant_id = :tenant AND p.issuer = :issuer AND p.subject = :subject
+""").bindparams(bindparam("tenant", type_=Uuid(as_uuid=False))).columns(
+    kind=Text, principal_id=Uuid(as_uuid=False), roles=ARRAY(Text), group_ids=ARRAY(Uuid(as_uuid=False)),
+    clearances=ARRAY(Text), active=Boolean, permissions=ARRAY(Text),
+)  # fmt: skip
+
+
+class Owner(Protocol):
+    """The service that owns access: patients, over gRPC or in its own process."""
+
+    async def subjects(self, tenant_id: str, subject_ids: Sequence[str]) -> Sequence[access_pb2.SubjectAccess]:
+        """Access sets of the subjects that exist. Raises Problem where it can't be asked."""
+
+    async def principal(self, tenant_id: str, issuer: str, subject: str) -> access_pb2.ResolvePrincipalResponse:
+        """Who a login is."""
+
+
+# Permanent grants count where the labels are cleared; a timed grant is personal and counts by itself.
+_VISIBLE = """
+(
+  (:plain AND record_subject.grantee_ids && :mine
+   AND (:all_labels OR (record_subject.security_labels <@ :clearances {labels})))
+  OR (:timed AND record_subject.timed_grants <> '[]' AND EXISTS (
+    SELECT FROM jsonb_to_recordset(record_subject.timed_grants)
+             AS g(id uuid, until timestamptz, permissions jsonb)
+     WHERE g.id = ANY(:mine) AND g.until > clock_timestamp()
+       AND (g.permissions IS NULL OR g.permissions = '[]' OR g.permissions ? :permission)))
+)
+"""
+
+
+def visible(table: str | None, params: dict[str, Any]) -> TextClause:
+    """The condition on `record_subject` (joined) under which a caller sees a row of `table` with its labels."""
+    labels = f"AND {table}.security_labels <@ :clearances" if table else ""
+    return text(_VISIBLE.format(labels=labels)).bindparams(
+        bindparam("plain", params["plain"], type_=Boolean),
+        bindparam("timed", params["timed"], type_=Boolean),
+        bindparam("all_labels", params["all_labels"], type_=Boolean),
+        bindparam("mine", params["mine"], type_=ARRAY(Uuid(as_uuid=False))),
+        bindparam("clearances", params["clearances"], type_=ARRAY(Text)),
+        bindparam("permission", params["permission"], type_=Text),
+    )
+
+
+class Access:
+    """One service's view of who may see whom.
+
+    `owner` is asked on a miss and on a deny. `is_owner` is patients itself, whose tables are the truth: it neither
+    waits for heartbeats nor reads through.
+    """
+
+    def __init__(
+        self,
+        tables: AccessTables,
+        engine: AsyncEngine,
+        owner: Owner | None,
+        *,
+        is_owner: bool = False,
+        stale_patient: float = 30.0,
+        stale_staff: float = 900.0,
+        principal_cache: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.tables = tables
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._owner = owner
+        self.is_owner = is_owner
+        self._stale_patient, self._stale_staff = stale_patient, stale_staff
+        self._cache_for = principal_cache
+        self._clock = clock
+        self._callers: OrderedDict[tuple[str, str, str], tuple[float, Caller]] = OrderedDict()
+        self._denies: OrderedDict[str, deque[float]] = OrderedDict()
+        self._heard_age = float("inf")
+        self._heard_at = clock()
+
+    # -- who calls -----------------------------------------------------------------------------------------------------
+
+    async def caller(self, identity: Identity) -> Caller:
+        """The principal behind a token. Raises Unauthenticated `LOGIN_UNKNOWN` or `LOGIN_INACTIVE`."""
+        key = (identity.tenant_id, identity.issuer, identity.subject)
+        known = self._callers.get(key)
+        if known is not None and known[0] > self._clock():
+            return known[1]
+        stored = await self._stored_principal(key)
+        if (stored is None or self._must_confirm(stored["kind"])) and self._owner is not None:
+            answer = await self._owner.principal(*key)
+            async with self._engine.connect() as connection:
+                if answer.HasField("principal"):
+                    await store_principal(connection, self.tables, answer.principal)
+                for role in answer.roles:
+                    await store_role(connection, self.tables, role)
+            stored = await self._stored_principal(key) if answer.HasField("principal") else None
+        if stored is None:
+            raise Unauthenticated("LOGIN_UNKNOWN", "This login is not known here; ask an administrator to add it.")
+        if not stored["active"]:
+            raise Unauthenticated("LOGIN_INACTIVE", "This login is switched off.")
+        caller = Caller(
+            kind=stored["kind"].lower(),
+            id=stored["principal_id"],
+            tenant_id=identity.tenant_id,
+            permissions=frozenset(stored["permissions"]),
+            roles=tuple(stored["roles"]),
+            group_ids=tuple(stored["group_ids"]),
+            clearances=tuple(stored["clearances"]),
+        )
+        self._callers[key] = (self._clock() + self._cache_for, caller)
+        while len(self._callers) > _CALLERS_AT_MOST:
+            self._callers.popitem(last=False)
+        return caller
+
+    async def _stored_principal(self, key: tuple[str, str, str]) -> dict[str, Any] | None:
+        async with self._engine.connect() as connection:
+            found = await connection.execute(_PRINCIPAL, {"tenant": key[0], "issuer": key[1], "subject": key[2]})
+            row = found.mappings().first()
+        return dict(row) if row is not None else None
+
+    def forget_callers(self) -> None:
+        """Roles or logins changed: ask the projection again."""
+        self._callers.clear()
+
+    # -- how sure the projection is ------------------------------------------------------------------------------------
+
+    async def watch(self, interval: float = 1.0) -> None:
+        """Keep reading the age of the oldest partition's heartbeat; runs until it is cancelled."""
+        query = text(
+            "SELECT count(*) AS parts, extract(epoch FROM clock_timestamp() - min(time))::float8 AS age"
+            " FROM access_heartbeat"
+        )
+        while True:
+            with contextlib.suppress(Exception):  # a database that is away leaves the age growing
+                async with self._engine.connect() as connection:
+                    row = (await connection.execute(query)).one()
+                self._heard_age = row.age if row.parts == PARTITIONS else float("inf")
+                self._heard_at = self._clock()
+            await asyncio.sleep(interval)
+
+    @property
+    def age(self) -> float:
+        """Seconds since everything told by patients was known to have arrived."""
+        return 0.0 if self.is_owner else self._heard_age + (self._clock() - self._heard_at)
+
+    def _must_confirm(self, kind: str) -> bool:
+        return self.age > (self._stale_staff if kind == "STAFF" else self._stale_patient)
+
+    def conditions(self, caller: Caller, permission: str, *, confirmed: bool) -> dict[str, Any]:
+        """Parameters of `visible` for this caller; `confirmed` says that the subjects were read live a moment ago."""
+        own = caller.kind != "staff"
+        limit = self._stale_patient if own else self._stale_staff
+        return {
+            "plain": confirmed or self.age <= limit,
+            "timed": confirmed or self.age <= self._stale_patient,
+            "all_labels": own,
+            "mine": caller.mine,
+            "clearances": list(caller.clearances),
+            "permission": permission,
+        }
+
+    # -- reading through -----------------------------------------------------------------------------------------------
+
+    def may_read_through(self, caller: Caller) -> bool:
+        """Whether a deny may ask the owner: 20 in 10 s always, beyond that one in 2 s, so that random ids don't amplify."""
+        if self._owner is None or self.is_owner:
+            return False
+        now = self._clock()
+        times = self._denies.setdefault(caller.actor, deque(maxlen=_DENIES_FREE + 1))
+        self._denies.move_to_end(caller.actor)
+        while len(self._denies) > _CALLERS_AT_MOST:
+            self._denies.popitem(last=False)
+        while times and now - times[0] > _DENIES_WINDOW:
+            times.popleft()
+        if len(times) >= _DENIES_FREE and now - times[-1] < _DENIES_PAUSE:
+            return False
+        times.append(now)
+        return True
+
+    async def read_through(self, tenant_id: str, subject_ids: Sequence[str]) -> None:
+        """Fetch access sets from the owner and merge them by version. Raises Unavailable `ACCESS_UNCONFIRMED`."""
+        if self._owner is None:
+            return
+        try:
+            found = await self._owner.subjects(tenant_id, list(dict.fromkeys(subject_ids))[:100])
+        except Problem as error:
+            raise Unavailable(
+                "ACCESS_UNCONFIRMED", "Access can't be confirmed now since the patients service is away; try again."
+            ) from error
+        if found:
+            async with self._engine.connect() as connection:
+                for subject in found:
+                    await store_subject(connection, self.tables, subject)
+
+
+_Executes = AsyncConnection | AsyncSession
+
+
+async def store_subject(db: _Executes, tables: AccessTables, state: access_pb2.SubjectAccess) -> None:
+    """Merge one access set; an older version changes nothing."""
+    values = {
+        "tenant_id": state.tenant_id,
+        "patient_id": state.subject_id,
+        "access_version": state.access_version,
+        "grantee_ids": list(state.grantee_ids),
+        "timed_grants": [
+            {
+                "id": grant.grantee_id,
+                "until": to_time(grant.expire_time).isoformat(),
+                "permissions": list(grant.permissions),
+            }
+            for grant in state.timed_grants
+        ],
+        "security_labels": list(state.security_labels),
+        "survivor_id": state.survivor_id or None,
+    }
+    await _merge(db, tables.subject, values, ("tenant_id", "patient_id"), "access_version")
+
+
+async def store_principal(db: _Executes, tables: AccessTables, state: access_pb2.PrincipalState) -> None:
+    """Merge one login; an older version changes nothing. A subject that the login had before stops working."""
+    values = {
+        "tenant_id": state.tenant_id,
+        "issuer": state.issuer,
+        "subject": state.subject,
+        "id": state.id,
+        "kind": access_pb2.PrincipalState.Kind.Name(state.kind),
+        "principal_id": state.principal_id,
+        "roles": list(state.roles),
+        "group_ids": list(state.group_ids),
+        "clearances": list(state.clearances),
+        "active": state.active,
+        "version": state.version,
+    }
+    await _merge(db, tables.principal, values, ("tenant_id", "id"), "version")
+
+
+async def store_role(db: _Executes, tables: AccessTables, state: access_pb2.RoleState) -> None:
+    """Merge one role; an older version changes nothing."""
+    values = {
+        "tenant_id": state.tenant_id,
+        "name": state.name,
+        "permissions": list(state.permissions),
+        "version": state.version,
+    }
+    await _merge(db, tables.role, values, ("tenant_id", "name"), "version")
+
+
+async def _merge(db: _Executes, table: Any, values: dict[str, Any], key: tuple[str, ...], version: str) -> None:
+    statement = insert(table).values(values)
+    await db.execute(
+        statement.on_conflict_do_update(
+            index_elements=list(key),
+            set_={name: statement.excluded[name] for name in values if name not in key},
+            where=statement.excluded[version] > table.c[version],
+        )
+    )
+
+
+async def store_heartbeat(db: _Executes, tables: AccessTables, partition: int, told_at: Any) -> None:
+    """Note that everything told on a partition up to `told_at` has arrived."""
+    statement = insert(tables.heartbeat).values(partition=partition, time=told_at)
+    await db.execute(
+        statement.on_conflict_do_update(
+            index_elements=["partition"],
+            set_={"time": func.greatest(tables.heartbeat.c.time, statement.excluded.time)},
+        )
+    )

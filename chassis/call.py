@@ -1,0 +1,261 @@
+"""What a servicer sees of a call: who calls, for which tenant, and the only way to a row."""
+
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from google.protobuf.message import Message
+from sqlalchemy import ColumnElement, Select, and_, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import InstrumentedAttribute
+
+from chassis.access import Caller, NeedSubject, visible
+from chassis.errors import Aborted, FailedPrecondition, Invalid, NotFound, PermissionDenied
+from chassis.model import Act, Aggregate, by_id
+from chassis.wire import etag_of
+
+if TYPE_CHECKING:
+    from chassis.pipeline import Method, Runtime
+
+A = TypeVar("A", bound=Aggregate)
+
+
+class Call:
+    """One RPC under way. Lives as long as one try: after `NeedSubject` a new one begins.
+
+    `now` is the database's clock at the begin of the transaction (writes only). `trail` collects whose records the
+    call touched and why, for the audit.
+    """
+
+    def __init__(self, runtime: "Runtime", method: "Method", caller: Caller, *, confirmed: bool = False) -> None:
+        self.runtime = runtime
+        self.method = method
+        self.caller = caller
+        self.confirmed = confirmed
+        self.tenant_id = caller.tenant_id
+        self.subject_ids: dict[str, None] = {}
+        self.purpose = ""
+        self.on_behalf_of = ""
+        self.source = ""
+        self._db: AsyncSession | None = None
+        self._now: datetime | None = None
+
+    # -- who -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def actor(self) -> str:
+        """`staff:<id>`, `patient:<id>`, `related:<id>`, `system:<service>` or `link`."""
+        return self.caller.actor
+
+    def allows(self, permission: str) -> bool:
+        """Whether the caller's roles hold a permission; our own services hold none."""
+        return permission in self.caller.permissions
+
+    def require(self, permission: str) -> None:
+        """Raises PermissionDenied `PERMISSION_MISSING` where the caller lacks a permission beyond the RPC's own."""
+        if not self.allows(permission):
+            raise missing(permission)
+
+    # -- session -------------------------------------------------------------------------------------------------------
+
+    @property
+    def db(self) -> AsyncSession:
+        """The session: one transaction for a write, single statements for a read."""
+        assert self._db is not None, "the call has no session"
+        return self._db
+
+    @property
+    def now(self) -> datetime:
+        """The database's clock when the transaction began."""
+        assert self._now is not None, "a read has no clock: compare in SQL with clock_timestamp()"
+        return self._now
+
+    def begin(self, db: AsyncSession, now: datetime | None = None) -> None:
+        """Bind the session; from `now` on changes carry who, for whom and when."""
+        self._db, self._now = db, now
+        if now is not None:
+            db.info["act"] = Act(self.actor, now, self.on_behalf_of, self.source)
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def saw(self, *subject_ids: str | None) -> None:
+        """Note in the audit that these patients' records were touched."""
+        self.subject_ids.update(dict.fromkeys(one for one in subject_ids if one))
+
+    def select(self, model: type[A]) -> Select[tuple[A]]:
+        """Rows of a model that the caller may see; narrow it with `.where`. Not for rows out of a link."""
+        query = select(model).where(model.tenant_id == self.tenant_id)
+        if model.subject_field is None or self.caller.kind == "system":
+            return query
+        self._refuse_link()
+        subject = self.runtime.access.tables.subject
+        conditions = self._conditions()
+        if not conditions["plain"] and self.caller.kind != "staff":
+            raise NeedSubject([self.caller.id])
+        if not conditions["plain"]:
+            self.runtime.refuse_stale()
+        return query.join(
+            subject,
+            and_(subject.c.tenant_id == model.tenant_id, subject.c.patient_id == getattr(model, model.subject_field)),
+        ).where(visible(model.__tablename__, conditions))  # type: ignore[attr-defined]
+
+    async def get(self, model: type[A], row_id: str, *, etag: str = "", what: str = "NOT_FOUND") -> A:
+        """One row, locked against other writers in a write.
+
+        Raises NotFound where it is absent or out of sight (one answer for both), Aborted `ETAG_MISMATCH` where `etag`
+        is given and another.
+        """
+        found = await self.one(model, by_id(model, self.tenant_id, row_id))
+        if found is None:
+            raise await self._out_of_sight(model, row_id, what)
+        self.saw(found.subject_id)
+        if etag and etag != etag_of(found.version):
+            raise Aborted("ETAG_MISMATCH", "Somebody else has changed it; read it again.")
+        return found
+
+    async def one(self, model: type[A], *where: ColumnElement[bool]) -> A | None:
+        """The only row that the caller may see under a condition, or None."""
+        subject_unsure = (
+            model.subject_field is not None and self.caller.kind == "staff" and not self._conditions()["plain"]
+        )
+        query = select(model).where(model.tenant_id == self.tenant_id) if subject_unsure else self.select(model)
+        if subject_unsure:
+            row = (await self.db.execute(query.where(*where))).scalar_one_or_none()
+            if row is not None:
+                raise NeedSubject([row.subject_id or ""])
+            return None
+        if self.method.writes:
+            query = query.with_for_update(of=model, key_share=True)
+        return (await self.db.execute(query.where(*where))).scalar_one_or_none()
+
+    def tenant_wide(self, model: type[A]) -> Select[tuple[A]]:
+        """Rows of the whole tenant, for RPCs whose rule says so. Note what is shown with `saw`."""
+        if not self.method.rule.tenant_wide:
+            raise AssertionError(f"{self.method.name} is not tenant-wide")
+        query = select(model).where(model.tenant_id == self.tenant_id)
+        return query.with_for_update(of=model, key_share=True) if self.method.writes else query
+
+    async def by_link(self, model: type[A], *where: ColumnElement[bool]) -> A | None:
+        """The row that a one-time link names; the link is the right to it. Binds the call to the row's tenant."""
+        if not self.method.rule.link:
+            raise AssertionError(f"{self.method.name} is not called by link")
+        query = select(model).where(*where)
+        if self.method.writes:
+            query = query.with_for_update(of=model, key_share=True)
+        row = (await self.db.execute(query)).scalar_one_or_none()
+        if row is not None:
+            self.tenant_id = row.tenant_id
+            self.saw(row.subject_id)
+        return row
+
+    async def add(self, row: A) -> A:
+        """Put a new row into the session as this tenant's; its subject must be one that the caller may see."""
+        row.tenant_id = self.tenant_id
+        subject = row.subject_id
+        if subject is not None and self.caller.kind != "link" and model_owner(row) != "subject":
+            await self.subject(subject)
+        self.db.add(row)
+        return row
+
+    async def subject(self, patient_id: str) -> None:
+        """Make sure that the caller may see a patient's record. Raises NotFound, in the end."""
+        self.saw(patient_id)
+        table = self.runtime.access.tables.subject
+        query = select(table.c.patient_id).where(table.c.tenant_id == self.tenant_id, table.c.patient_id == patient_id)
+        if self.caller.kind != "system":
+            self._refuse_link()
+            query = query.where(visible(None, self._conditions()))
+        if (await self.db.execute(query)).first() is None:
+            raise NeedSubject([patient_id])
+
+    async def page(
+        self,
+        query: Select[tuple[A]],
+        request: Message,
+        *order: InstrumentedAttribute[Any],
+        descending: bool = False,
+        default: int = 50,
+        most: int = 200,
+    ) -> tuple[list[A], str]:
+        """One page of `query` in `order` (all columns the same way, the last one unique), and the next page's token.
+
+        Reads `page_size` and `page_token` of the request; a size out of bounds is coerced. Keyset: a page stays right
+        while others write. Raises Invalid `PAGE_TOKEN_INVALID` for a token of another query.
+        """
+        size = min(max(getattr(request, "page_size", 0) or default, 1), most)
+        shape = _shape(request)
+        token = getattr(request, "page_token", "")
+        if token:
+            opened = self.runtime.page_signer.open(token)
+            if not isinstance(opened, list) or opened[0] != shape or len(opened) != len(order) + 1:
+                raise Invalid(
+                    "PAGE_TOKEN_INVALID",
+                    "The page token is not of this query; begin with the first page.",
+                    field="page_token",
+                )
+            key = tuple_(*[_read_key(column, value) for column, value in zip(order, opened[1:], strict=True)])
+            query = query.where(tuple_(*order) < key if descending else tuple_(*order) > key)
+        query = query.order_by(*[column.desc() if descending else column for column in order]).limit(size + 1)
+        rows = list((await self.db.execute(query)).scalars())
+        following = ""
+        if len(rows) > size:
+            rows = rows[:size]
+            last = [getattr(rows[-1], column.key) for column in order]
+            following = self.runtime.page_signer.sign([shape, *last])
+        for row in rows:
+            self.saw(row.subject_id)
+        return rows, following
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _conditions(self) -> dict[str, Any]:
+        return self.runtime.access.conditions(self.caller, self.method.rule.permission, confirmed=self.confirmed)
+
+    def _refuse_link(self) -> None:
+        if self.caller.kind == "link":
+            raise AssertionError("a link names its own row only: use by_link")
+
+    async def _out_of_sight(self, model: type[A], row_id: str, what: str) -> Exception:
+        if model.subject_field is None or self.caller.kind == "system":
+            return NotFound(what)
+        # Whose record it is, to read that through; for an id that doesn't exist the same calls are made with the id.
+        column = getattr(model, model.subject_field)
+        owner = (await self.db.execute(select(column).where(by_id(model, self.tenant_id, row_id)))).scalar_one_or_none()
+        return NeedSubject([owner or row_id])
+
+
+def model_owner(row: Aggregate) -> str:
+    """`subject` for the row that is itself the record subject (the patient), else `row`."""
+    return "subject" if row.subject_field == "id" else "row"
+
+
+def missing(permission: str) -> PermissionDenied:
+    """The refusal for a lacking permission."""
+    return PermissionDenied(
+        "PERMISSION_MISSING", f"Your roles don't include the permission {permission}.", permission=permission
+    )
+
+
+def require_etag(etag: str) -> str:
+    """The etag of an update. Raises FailedPrecondition `ETAG_REQUIRED` without one."""
+    if not etag:
+        raise FailedPrecondition("ETAG_REQUIRED", "Send the etag that you read (If-Match over HTTP).")
+    return etag
+
+
+def _shape(request: Message) -> str:
+    """A fingerprint of a list request without its page fields: a token serves only the query that it came from."""
+    bare = type(request)()
+    bare.CopyFrom(request)
+    for name in ("page_token", "page_size"):
+        if name in request.DESCRIPTOR.fields_by_name:
+            bare.ClearField(name)
+    return hashlib.blake2b(bare.SerializeToString(deterministic=True), digest_size=8).hexdigest()
+
+
+def _read_key(column: InstrumentedAttribute[Any], value: Any) -> Any:
+    return datetime.fromisoformat(value) if column.type.python_type is datetime else value
+
+
+__all__: Sequence[str] = ["Call", "missing", "require_etag"]

@@ -1,0 +1,567 @@
+"""The consumer: each event's effect and inbox mark in one transaction, the offset committed after."""
+
+import asyncio
+import contextlib
+import random
+import time
+import uuid
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from care.events.v1.envelope_pb2 import Event
+from google.protobuf.message import DecodeError
+from grpc import StatusCode
+from opentelemetry.trace import Span, SpanKind, Status, Tracer
+from opentelemetry.trace import StatusCode as SpanStatus
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+
+from chassis.bus import Bus, BusUnavailable, Message, Partition, Reader, Record
+from chassis.logs import status_code_of
+from chassis.model import Act
+from chassis.reactions import Reactions, Registered, knows_all_values
+from chassis.telemetry import context_from, links_to
+
+# Whole classes, or one state.
+_AWAY = ("08", "40", "53", "57P", "55P03")
+_AWAY_CODES = (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
+_CANCELLED, _CANCELLED_AT_MOST = "57014", 5
+# Text, because SQLAlchemy compiles ON CONFLICT anew each time: half a millisecond of CPU an event.
+_MARK = text(
+    "INSERT INTO inbox (group_name, event_id, type) VALUES (:group_name, CAST(:event_id AS uuid), :type)"
+    " ON CONFLICT DO NOTHING"
+)
+_COMMIT_EVERY = 0.1
+_LAG_EVERY = 5.0
+_QUEUED_AT_MOST = 500  # per partition; above it the partition is paused
+_HEADERS = "care-dlq-"
+_FRESHNESS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
+
+
+class Retry(Exception):
+    """Raised by a hook or a reaction where something is away for now: the event is tried again, never parked."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Unreadable(Exception):
+    """The record can't be applied by this build; it is parked and waits for its replay."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class NoConnection(Exception):
+    """No connection to the database could be had, for whatever reason: that can't be the event's fault."""
+
+
+class ReplayCounts(NamedTuple):
+    """What a replay did with the dead letters that were there when it began."""
+
+    applied: int = 0
+    already: int = 0
+    passed: int = 0
+    parked_again: int = 0
+
+
+def sqlstate_of(error: BaseException) -> str | None:
+    """The SQLSTATE that an exception of SQLAlchemy's or the driver's carries."""
+    state = getattr(getattr(error, "orig", error), "sqlstate", None)
+    return state if isinstance(state, str) else None
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether it says that something is away or busy, rather than that the event can't be applied."""
+    if isinstance(error, Retry | NoConnection | BusUnavailable | ConnectionError | TimeoutError | PoolTimeoutError):
+        return True
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    return status_code_of(error) in _AWAY_CODES or (sqlstate_of(error) or "").startswith(_AWAY)
+
+
+class Consumer:
+    """Reads `topics` as a member of `group` and applies each event once.
+
+    Partitions go side by side (at most `parallel` transactions), each in order. What says that something is away is
+    retried in place with its partition paused; everything else is parked in the dead-letter topic with its reason, and
+    later events go on. Nothing is committed before its effect or its parking is.
+
+    `before(event)` runs ahead of the transaction (make sure of rows that need an RPC; raise `Retry`).
+    `recover(error, event)` may mend what a reaction lacked, outside any transaction; True means try once more.
+    `applied(event, record)` runs after the commit (wake the relay, a heartbeat). `known_types`: where given, an event
+    of a type that is neither here nor has a reaction is newer than this build and is parked for its replay.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        group: str,
+        topics: Sequence[str],
+        reactions: Reactions,
+        sessions: async_sessionmaker[AsyncSession],
+        *,
+        tracer: Tracer,
+        registry: CollectorRegistry,
+        log: Any,
+        dead_letter_topic: str | None = None,
+        parallel: int = 4,
+        before: Callable[[Event], Awaitable[None]] | None = None,
+        recover: Callable[[Exception, Event], Awaitable[bool]] | None = None,
+        applied: Callable[[Event, Record], None] | None = None,
+        known_types: Collection[str] | None = None,
+        retry_at_most: float = 5.0,
+        actor: str = "",
+    ) -> None:
+        self.group = group
+        self.dead_letter_topic = dead_letter_topic or f"care.dlq.{group}"
+        self._bus = bus
+        self._topics = list(topics)
+        self._reactions = reactions
+        self._sessions = sessions
+        self._tracer = tracer
+        self._log = log
+        self._room = asyncio.Semaphore(parallel)
+        self._before, self._recover, self._applied = before, recover, applied
+        self._known = None if known_types is None else frozenset(known_types) | reactions.types
+        self._retry_at_most = retry_at_most
+        self._actor = actor or f"system:{group}"
+        self._metrics = _Metrics(registry, group)
+        self._reader: Reader | None = None
+        self._queues: dict[Partition, deque[Record]] = {}
+        self._workers: dict[Partition, asyncio.Task[None]] = {}
+        self._paused: set[Partition] = set()
+        self._retrying: set[Partition] = set()
+        self._done: dict[Partition, int] = {}
+        self._stopping = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._observer: asyncio.Task[None] | None = None
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to read; neither the bus nor the database need be there yet."""
+        self._stopping.clear()
+        self._reader = self._bus.reader(self.group, self._topics)
+        await self._reader.start()
+        self._task = asyncio.create_task(self._run(self._reader), name=f"consumer {self.group}")
+        self._observer = asyncio.create_task(self._observe(self._reader), name=f"lag {self.group}")
+
+    async def stop(self, timeout: float = 10.0) -> None:
+        """Stop reading, finish the events in hand, commit, leave the group."""
+        self._stopping.set()
+        tasks = [task for task in (self._task, self._observer) if task is not None]
+        if self._observer is not None:
+            self._observer.cancel()
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=timeout)
+            self._task.cancel()
+        for worker in self._workers.values():
+            worker.cancel()
+        await asyncio.gather(*tasks, *self._workers.values(), return_exceptions=True)
+        self._workers.clear()
+        self._queues.clear()
+        self._paused.clear()
+        self._task = self._observer = None
+        if self._reader is not None:
+            with contextlib.suppress(BusUnavailable):
+                await self._reader.stop()
+            self._reader = None
+
+    async def _run(self, reader: Reader) -> None:
+        pause, trouble, committed_at = 0.1, "", 0.0
+        while not self._stopping.is_set():
+            try:
+                if self._done and time.monotonic() - committed_at > _COMMIT_EVERY:
+                    committed_at = time.monotonic()
+                    await self._commit(reader)
+                busy = self._done or any(not worker.done() for worker in self._workers.values())
+                found = await reader.fetch(_QUEUED_AT_MOST, _COMMIT_EVERY if busy else 0.5)
+                for partition, records in found.items():
+                    self._queues.setdefault(partition, deque()).extend(records)
+                await self._balance(reader)
+            except Exception as error:  # bus away, or anything else: what was not committed comes again
+                kind = type(error).__name__
+                if kind != trouble:
+                    trouble = kind
+                    self._log.warning("events can't be read, trying again", group=self.group, error=kind)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), pause)
+                pause = min(pause * 2, 2.0)
+                continue
+            pause, trouble = 0.1, ""
+        if self._workers:
+            await asyncio.wait(self._workers.values())
+        with contextlib.suppress(BusUnavailable):
+            await self._commit(reader)
+
+    async def _balance(self, reader: Reader) -> None:
+        """Start a worker where something waits; pause partitions that are full or being retried, resume the others."""
+        ours = reader.assignment()
+        for partition, queue in self._queues.items():
+            if partition not in ours:
+                # Lost to another member, which reads it from the committed offset: no use in doing it twice.
+                queue.clear()
+                self._done.pop(partition, None)
+                continue
+            worker = self._workers.get(partition)
+            if queue and (worker is None or worker.done()):
+                name = f"{self.group} {partition}"
+                self._workers[partition] = asyncio.create_task(self._work(partition, queue), name=name)
+        full = {partition for partition, queue in self._queues.items() if len(queue) >= _QUEUED_AT_MOST}
+        low = {partition for partition, queue in self._queues.items() if len(queue) < _QUEUED_AT_MOST // 5}
+        pausing = (full | self._retrying) - self._paused
+        resuming = (self._paused & low) - self._retrying
+        if pausing:
+            await reader.pause(pausing)
+        if resuming:
+            await reader.resume(resuming)
+        self._paused = (self._paused | pausing) - resuming
+
+    async def _commit(self, reader: Reader) -> None:
+        if self._done:
+            done, self._done = self._done, {}
+            try:
+                await reader.commit(done)
+            except BaseException:
+                self._done = done | self._done
+                raise
+
+    async def _work(self, partition: Partition, queue: deque[Record]) -> None:
+        while queue and not self._stopping.is_set():
+            record = queue.popleft()
+            if not await self._settle(record, partition):
+                return  # stopped in the middle of retrying: not done, not committed
+            self._done[partition] = record.offset + 1
+
+    async def _observe(self, reader: Reader) -> None:
+        trouble = ""
+        while True:
+            try:
+                self._metrics.show_lag(self._topics, await reader.lag())
+                trouble = ""
+            except Exception as error:  # no figure rather than a false one
+                if type(error).__name__ != trouble:
+                    trouble = type(error).__name__
+                    self._log.warning("lag not measured", group=self.group, error=trouble)
+            await asyncio.sleep(_LAG_EVERY)
+
+    # -- one event -----------------------------------------------------------------------------------------------------
+
+    async def _settle(self, record: Record, partition: Partition) -> bool:
+        """Apply or park, retrying in place for as long as it takes; False if stopped before either was done."""
+        tries = cancelled = 0
+        recovered = False
+        event: Event | None = None
+        trouble: Exception | None = None
+        try:
+            while True:
+                try:
+                    if trouble is not None:
+                        await self._park(record, event, trouble)
+                        return True
+                    event, registered = self._read(record)
+                    async with self._room:
+                        await self._apply(event, registered, record)
+                    return True
+                except _ParkingFailed as error:
+                    away: BaseException = error.__cause__ or error
+                except Exception as error:
+                    if not recovered and event is not None and await self._recovers(error, event):
+                        recovered = True
+                        continue
+                    is_cancelled = sqlstate_of(error) == _CANCELLED
+                    cancelled += is_cancelled
+                    if not (is_away(error) or (is_cancelled and cancelled < _CANCELLED_AT_MOST)):
+                        trouble = error
+                        continue
+                    away = error.__cause__ or error
+                tries += 1
+                self._retrying.add(partition)
+                kind = type(away).__name__
+                self._metrics.retried.labels(self.group, kind).inc()
+                if tries == 1:
+                    self._log.warning("event waits, trying again", group=self.group, error=kind)
+                pause = min(0.05 * 2 ** min(tries - 1, 10), self._retry_at_most) * random.uniform(0.75, 1.25)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), pause)
+                if self._stopping.is_set():
+                    return False
+        finally:
+            self._retrying.discard(partition)
+
+    async def _recovers(self, error: Exception, event: Event) -> bool:
+        if self._recover is None or isinstance(error, Unreadable):
+            return False
+        try:
+            return await self._recover(error, event)
+        except Exception:
+            return False
+
+    def _read(self, record: Record) -> tuple[Event, list[Registered]]:
+        """The envelope and its reactions (none: the event is passed over). Raises Unreadable."""
+        try:
+            event = Event.FromString(record.value or b"")
+        except DecodeError:
+            raise Unreadable("ENVELOPE_UNREADABLE") from None
+        if not event.type or not _is_uuid(event.id):
+            raise Unreadable("ENVELOPE_UNREADABLE")
+        registered = self._reactions.for_type(event.type)
+        if not registered:
+            if self._known is not None and event.type not in self._known:
+                raise Unreadable("TYPE_UNKNOWN")
+        elif event.payload_type != registered[0].payload.DESCRIPTOR.full_name:
+            raise Unreadable("PAYLOAD_TYPE_UNKNOWN")
+        return event, registered
+
+    async def _apply(self, event: Event, registered: list[Registered], record: Record) -> str:
+        """One transaction: mark and effects. Answers "applied", "already" (the mark was there) or "passed"."""
+        if not registered:
+            self._metrics.settled.labels(self.group, "passed").inc()
+            return "passed"
+        started = time.perf_counter()
+        with self._span(event, record) as span:
+            try:
+                outcome = await self._effects(event, registered, record)
+            except BaseException as error:
+                span.set_attribute("error.type", type(error).__name__)
+                if reason := reason_of(error):
+                    span.set_attribute("care.reason", reason)
+                span.set_status(Status(SpanStatus.ERROR))
+                raise
+            span.set_attribute("care.outcome", outcome)
+        self._metrics.settled.labels(self.group, outcome).inc()
+        self._metrics.seconds.labels(self.group).observe(time.perf_counter() - started)
+        if outcome == "applied":
+            self._metrics.freshness.labels(self.group).observe(max(0.0, time.time() - event.time.ToNanoseconds() / 1e9))
+        if self._applied is not None:
+            self._applied(event, record)
+        return outcome
+
+    async def _effects(self, event: Event, registered: list[Registered], record: Record) -> str:
+        try:
+            payload = registered[0].payload.FromString(event.payload)
+        except DecodeError:
+            raise Unreadable("PAYLOAD_UNREADABLE") from None
+        if not knows_all_values(payload, registered[0].enums):
+            raise Unreadable("ENUM_VALUE_UNKNOWN")
+        if self._before is not None:
+            await self._before(event)
+        async with self._sessions() as db, db.begin():
+            try:
+                await db.connection()
+            except Exception as error:
+                raise NoConnection from error
+            db.info["record"], db.info["event"] = record, event
+            # A twin in another member's open transaction makes this wait for its end: first come, one effect.
+            mark = insert(self._inbox).values(group_name=self.group, event_id=uuid.UUID(event.id), type=event.type)
+            fresh = (await db.execute(mark.on_conflict_do_nothing().returning(self._inbox.c.time))).first()
+            if fresh is None:
+                return "already"
+            db.info["act"] = Act(self._actor, fresh.time)
+            for each in registered:
+                await each.function(payload, event, db)
+        return "applied"
+
+    async def _park(self, record: Record, event: Event | None, trouble: Exception) -> None:
+        """Put the record in the dead-letter topic; raises _ParkingFailed where that is not certain."""
+        reason = reason_of(trouble) or "REACTION_FAILED"
+        headers = [(name, value) for name, value in record.headers if not name.startswith(_HEADERS)]
+        for name, value in (
+            ("reason", reason),
+            ("error", type(trouble).__name__),
+            ("sqlstate", sqlstate_of(trouble) or ""),
+            ("group", self.group),
+            ("topic", _origin(record, "topic", record.topic)),
+            ("partition", _origin(record, "partition", str(record.partition))),
+            ("offset", _origin(record, "offset", str(record.offset))),
+            ("key", _origin(record, "key", record.key)),
+            ("time", str(int(time.time() * 1000))),
+            ("times", str(int(_origin(record, "times", "0")) + 1)),
+        ):
+            headers.append((_HEADERS + name, value.encode()))
+        letter = Message(record.key, record.value or b"", tuple(headers))
+        try:
+            (refused,) = await self._bus.append(self.dead_letter_topic, [letter])
+            if refused is not None:
+                # Too large even here (someone else wrote it): keep the pointer, the value is still in its own topic.
+                omitted = (*letter.headers, (_HEADERS + "value-omitted", b"1"))
+                (refused,) = await self._bus.append(self.dead_letter_topic, [Message(record.key, b"", omitted)])
+        except Exception as error:
+            raise _ParkingFailed from error
+        if refused is not None:
+            raise _ParkingFailed
+        self._metrics.settled.labels(self.group, "parked").inc()
+        self._metrics.parked.labels(self.group, reason).inc()
+        self._log.error(
+            "event parked",
+            group=self.group,
+            reason=reason,
+            error=type(trouble).__name__,
+            event_id=event.id if event else "",
+            event_type=event.type if event else "",
+            topic=record.topic,
+            partition=record.partition,
+            offset=record.offset,
+        )
+
+    @contextlib.contextmanager
+    def _span(self, event: Event, record: Record) -> Iterator[Span]:
+        traceparent = event.traceparent or (record.header("traceparent") or b"").decode("latin-1")
+        with self._tracer.start_as_current_span(
+            f"process {event.type}",
+            context=context_from(traceparent),
+            kind=SpanKind.CONSUMER,
+            links=links_to(traceparent),
+            attributes={
+                "messaging.operation.name": "process",
+                "messaging.operation.type": "process",
+                "messaging.destination.name": record.topic,
+                "messaging.destination.partition.id": str(record.partition),
+                "messaging.consumer.group.name": self.group,
+                "care.event.id": event.id,
+                "care.event.type": event.type,
+            },
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            yield span
+
+    # -- replay --------------------------------------------------------------------------------------------------------
+
+    async def replay(self, *, patience: float = 5.0) -> ReplayCounts:
+        """Apply the dead letters of this group that are there now and were not replayed yet.
+
+        Runs beside the group's members (the inbox keeps effects single). A letter that fails again is parked anew,
+        behind the ones there are. Raises Retry where the database or the bus is away; what was done stays done.
+        `patience` in seconds: how long to wait for the reader's share of the partitions.
+        """
+        reader = self._bus.reader(f"{self.group}.replay", [self.dead_letter_topic])
+        await reader.start()
+        counts = dict.fromkeys(ReplayCounts._fields, 0)
+        try:
+            ends = {p: lag.end for p, lag in (await self._shares(reader, patience)).items() if lag.records}
+            while ends:
+                found = await reader.fetch(100, 0.5)
+                for partition, records in found.items():
+                    for record in records:
+                        if record.offset < ends.get(partition, 0):
+                            counts[await self._replay_one(record)] += 1
+                            await reader.commit({partition: record.offset + 1})
+                    if records[-1].offset + 1 >= ends.get(partition, 0):
+                        ends.pop(partition, None)
+                        await reader.pause([partition])  # what was parked since waits for the next replay
+                if not found:  # nothing comes: is it another replay's now, or gone from the log?
+                    left = {p: lag.end - lag.records for p, lag in (await reader.lag()).items() if lag.records}
+                    ends = {p: end for p, end in ends.items() if left.get(p, end) < end}
+        except BusUnavailable as error:
+            raise Retry("BUS_UNAVAILABLE") from error
+        finally:
+            with contextlib.suppress(BusUnavailable):
+                await reader.stop()
+        return ReplayCounts(**counts)
+
+    async def _shares(self, reader: Reader, patience: float) -> dict[Partition, Any]:
+        until = time.monotonic() + patience
+        while True:
+            for partition, records in (await reader.fetch(1, 0.2)).items():
+                await reader.seek(partition, records[0].offset)  # only there to join; nothing is taken yet
+            if (lags := await reader.lag()) or time.monotonic() > until:
+                return lags
+
+    async def _replay_one(self, record: Record) -> str:
+        event: Event | None = None
+        try:
+            if record.header(_HEADERS + "value-omitted"):
+                raise Unreadable("VALUE_OMITTED")
+            event, registered = self._read(record)
+            for attempt in range(2):
+                try:
+                    return await self._apply(event, registered, record)
+                except Exception as error:
+                    if attempt or not await self._recovers(error, event):
+                        raise
+            raise AssertionError
+        except Exception as error:
+            if is_away(error):
+                raise Retry(reason_of(error) or "AWAY") from error
+            try:
+                await self._park(record, event, error)
+            except _ParkingFailed as failed:
+                raise Retry("PARKING_FAILED") from failed
+            return "parked_again"
+
+
+class _ParkingFailed(Exception):
+    """The dead-letter topic did not take it; nothing is committed."""
+
+
+class _Metrics:
+    def __init__(self, registry: CollectorRegistry, group: str) -> None:
+        self._group = group
+        by_topic = ("group", "topic")
+        self._records = Gauge("care_consumer_lag_records", "Records behind.", by_topic, registry=registry)
+        self._seconds = Gauge(
+            "care_consumer_lag_seconds", "Age of the oldest record not yet committed.", by_topic, registry=registry
+        )
+        self.settled = Counter(
+            "care_consumer_events", "Events by what became of them.", ("group", "outcome"), registry=registry
+        )
+        self.retried = Counter("care_consumer_retries", "Tries again in place.", ("group", "error"), registry=registry)
+        self.parked = Counter("care_consumer_parked", "Events parked.", ("group", "reason"), registry=registry)
+        self.seconds = Histogram(
+            "care_consumer_process_seconds", "Time per event that has a reaction.", ("group",), registry=registry
+        )
+        self.freshness = Histogram(
+            "care_consumer_freshness_seconds",
+            "From the telling of an event to its effect.",
+            ("group",),
+            buckets=_FRESHNESS,
+            registry=registry,
+        )
+        for outcome in ("applied", "already", "passed", "parked"):
+            self.settled.labels(group, outcome)
+
+    def show_lag(self, topics: Sequence[str], lags: dict[Partition, Any]) -> None:
+        for topic in topics:
+            of_topic = [lag for (name, _), lag in lags.items() if name == topic]
+            self._records.labels(self._group, topic).set(sum(lag.records for lag in of_topic))
+            self._seconds.labels(self._group, topic).set(max((lag.seconds for lag in of_topic), default=0.0))
+
+
+def reason_of(error: BaseException) -> str | None:
+    """Our own reason word, if the exception carries one; never its text."""
+    reason = getattr(error, "reason", None)
+    return reason if isinstance(reason, str) and reason.replace("_", "").isalnum() and reason.isupper() else None
+
+
+def _origin(record: Record, name: str, otherwise: str) -> str:
+    found = record.header(_HEADERS + name)
+    return otherwise if found is None else found.decode("latin-1")
+
+
+def _is_uuid(value: str) -> bool:
+    try:
+        uuid.UUID(value)
+    except ValueError:
+        return False
+    return True
+
+
+async def trim_inbox(engine: AsyncEngine, older_than_seconds: float, at_most: int = 10_000) -> int:
+    """Delete marks older than that; must be longer than the bus keeps events, or a redelivery has its effect twice."""
+    async with engine.begin() as connection:
+        gone = await connection.execute(
+            text(
+                "DELETE FROM inbox WHERE (group_name, event_id) IN (SELECT group_name, event_id FROM inbox"
+                " WHERE time < clock_timestamp() - :age * interval '1 second' ORDER BY time LIMIT :at_most)"
+            ),
+            {"age": float(older_than_seconds), "at_most": at_most},
+        )
+        return int(gone.rowcount)

@@ -1,0 +1,330 @@
+"""One service's database: its engine, its sessions, and the statement that ends every write."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+from care.events.v1.envelope_pb2 import Event
+from google.protobuf.message import Message
+from prometheus_client import Counter
+from sqlalchemy import ARRAY, LargeBinary, Text, Uuid, bindparam, event, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from chassis.ids import new_id
+from chassis.model import Act, Told, listen
+from chassis.settings import Settings
+from chassis.telemetry import Telemetry, current_traceparent
+from chassis.wire import to_proto
+
+_FLUSH_AUDIT_EVERY = 0.5
+_AUDIT_BUFFER_AT_MOST = 5000
+
+
+class Telling:
+    """How a service's events look on the bus: the topic, and which payload goes with which event.
+
+    `payloads` maps an event type (`patient.access_changed`) or an aggregate's name (`appointment`) to the message that
+    is made of the row.
+    """
+
+    def __init__(self, service: str, payloads: Mapping[str, type[Message]]) -> None:
+        self.topic = f"care.{service}"
+        self._payloads = payloads
+        self._actor = f"system:{service}"
+
+    def envelope(self, told: Told, act: Act | None, traceparent: str) -> Event:
+        """The event as it goes on the bus."""
+        kind = self._payloads.get(told.type) or self._payloads[told.type.partition(".")[0]]
+        payload = to_proto(told.row, kind, **told.extra)
+        built = Event(
+            id=new_id(),
+            type=told.type,
+            tenant_id=told.row.tenant_id,
+            aggregate_id=told.row.id,
+            patient_id=told.row.subject_id or "",
+            actor=act.actor if act is not None else self._actor,
+            version=told.version,
+            security_labels=told.labels,
+            traceparent=traceparent,
+            payload_type=payload.DESCRIPTOR.full_name,
+            payload=payload.SerializeToString(),
+        )
+        if act is not None:
+            built.time.FromDatetime(act.now.replace(tzinfo=None))
+        else:
+            built.time.GetCurrentTime()
+        return built
+
+
+class Database:
+    """Engine, pool and sessions. `wake` is called after each commit that told an event."""
+
+    def __init__(self, settings: Settings, telemetry: Telemetry, telling: Telling) -> None:
+        self.engine = engine(settings, application=telemetry.service)
+        self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self.telling = telling
+        self.wake: Callable[[], None] = lambda: None
+        # SQLAlchemy's pool is unfair: a queue in front of it cut p99 to a third.
+        self._room = asyncio.Semaphore(settings.pool_size)
+        self._waited = telemetry.watch_pool(self.engine)
+        self._twins: dict[tuple[str, ...], tuple[asyncio.Lock, list[None]]] = {}
+        self.deadlocks = Counter("care_deadlocks", "Deadlocks: each is a defect.", registry=telemetry.registry)
+        self.audit = AuditLog(self._autocommit, telemetry)
+
+        class ServiceSession(Session):
+            """Sessions of this service alone: listeners of one must not hear another's."""
+
+        listen(ServiceSession)
+        event.listen(ServiceSession, "before_commit", self._tell)
+        event.listen(ServiceSession, "after_commit", self._told)
+        self.sessions: async_sessionmaker[AsyncSession] = async_sessionmaker(
+            self.engine, sync_session_class=ServiceSession, expire_on_commit=False
+        )
+        self._readers: async_sessionmaker[AsyncSession] = async_sessionmaker(
+            self._autocommit, sync_session_class=ServiceSession, expire_on_commit=False
+        )
+
+    def share(self, **info: Any) -> None:
+        """Put things into every session's `info`: reactions find the runtime there."""
+        for maker in (self.sessions, self._readers):
+            maker.configure(info=info)
+
+    @contextlib.asynccontextmanager
+    async def writing(self) -> AsyncIterator[AsyncSession]:
+        """A session in one transaction; rolled back unless committed inside."""
+        async with self._place(), self.sessions() as db:
+            yield db
+
+    @contextlib.asynccontextmanager
+    async def acting(self, actor: str) -> AsyncIterator[AsyncSession]:
+        """A transaction of the service itself (timers, loops), with the database's clock; commits at the end."""
+        async with self.writing() as db:
+            now = (await db.execute(text("SELECT clock_timestamp()"))).scalar_one()
+            db.info["act"] = Act(actor, now)
+            yield db
+            await db.commit()
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncSession]:
+        """A session whose statements stand alone."""
+        async with self._place(), self._readers() as db:
+            yield db
+
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        started = time.perf_counter()
+        async with self._room:
+            self._waited(time.perf_counter() - started)
+            yield
+
+    @contextlib.asynccontextmanager
+    async def twins(self, key: tuple[str, ...]) -> AsyncIterator[None]:
+        """Twins of one request queue here: on the unique index they would pin a connection each."""
+        lock, waiting = self._twins.setdefault(key, (asyncio.Lock(), []))
+        waiting.append(None)
+        try:
+            async with lock:
+                yield
+        finally:
+            waiting.pop()
+            if not waiting:
+                self._twins.pop(key, None)
+
+    async def finish(self, db: AsyncSession, entry: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+        """Outbox rows, the stored answer and the audit row, in one statement."""
+        keys, values, traceparents = self._outbox(db.sync_session)
+        await db.execute(
+            _FINISH,
+            {
+                **{f"audit_{name}": value for name, value in entry.items()},
+                **answer,
+                "topic": self.telling.topic,
+                "keys": keys,
+                "values": values,
+                "traceparents": traceparents,
+            },
+        )
+
+    async def tell(self, db: AsyncSession, kind: str, key: str, tenant_id: str, payload: Message) -> None:
+        """Tell an event that is no aggregate's, such as a heartbeat; the payload stands as it is."""
+        act: Act | None = db.info.get("act")
+        built = Event(
+            id=new_id(),
+            type=kind,
+            tenant_id=tenant_id,
+            aggregate_id=key,
+            actor=act.actor if act is not None else "",
+            traceparent=current_traceparent(),
+            payload_type=payload.DESCRIPTOR.full_name,
+            payload=payload.SerializeToString(),
+        )
+        if act is not None:
+            built.time.FromDatetime(act.now.replace(tzinfo=None))
+        values = {"keys": [key], "values": [built.SerializeToString()], "traceparents": [built.traceparent]}
+        await db.execute(_OUTBOX, {"topic": self.telling.topic, **values})
+        db.info["woke"] = True
+
+    def _outbox(self, session: Session) -> tuple[list[str], list[bytes], list[str]]:
+        told: Sequence[Told] = session.info.pop("told", [])
+        if told:
+            session.info["woke"] = True
+        act, traceparent = session.info.get("act"), current_traceparent()
+        events = [self.telling.envelope(one, act, traceparent) for one in told]
+        return (
+            [one.aggregate_id for one in events],
+            [one.SerializeToString() for one in events],
+            [traceparent] * len(events),
+        )
+
+    def _tell(self, session: Session) -> None:
+        session.flush()
+        keys, values, traceparents = self._outbox(session)
+        if keys:
+            session.execute(
+                _OUTBOX,
+                {"topic": self.telling.topic, "keys": keys, "values": values, "traceparents": traceparents},
+            )
+
+    def _told(self, session: Session) -> None:
+        if session.info.pop("woke", False):
+            self.wake()
+        for wake in session.info.pop("wakes", {}).values():
+            wake()
+
+    async def start(self) -> None:
+        """Begin to write buffered audit rows."""
+        self.audit.start()
+
+    async def stop(self) -> None:
+        """Write what is buffered, close the pool."""
+        await self.audit.stop()
+        await self.engine.dispose()
+
+
+class AuditLog:
+    """One row per call. Writes put theirs into their own transaction; lists within half a second."""
+
+    def __init__(self, engine: AsyncEngine, telemetry: Telemetry) -> None:
+        self._engine = engine
+        self._log = telemetry.log
+        self._buffer: list[dict[str, Any]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def read(self, db: AsyncSession, entry: dict[str, Any], *, at_once: bool) -> None:
+        """Note a read: before the answer, or within half a second for a page of a list."""
+        if at_once or len(self._buffer) >= _AUDIT_BUFFER_AT_MOST:
+            await db.execute(_AUDIT, entry)
+        else:
+            self._buffer.append({**entry})
+
+    async def refused(self, entry: dict[str, Any]) -> None:
+        """Note a refusal. Where the database is away the refusal stands in the log alone."""
+        try:
+            async with asyncio.timeout(2), self._engine.connect() as connection:
+                await connection.execute(_AUDIT, entry)
+        except Exception as error:
+            self._log.error("refusal not audited", method=entry["method"], error=type(error).__name__)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="audit")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._flush(), 3)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(_FLUSH_AUDIT_EVERY)
+            try:
+                await self._flush()
+            except Exception as error:  # kept, and tried again
+                self._log.warning("audit rows wait", rows=len(self._buffer), error=type(error).__name__)
+
+    async def _flush(self) -> None:
+        if not self._buffer:
+            return
+        rows = list(self._buffer)
+        async with self._engine.connect() as connection:
+            await connection.execute(_AUDIT, rows)
+        del self._buffer[: len(rows)]
+
+
+def engine(settings: Settings, *, application: str) -> AsyncEngine:
+    """An engine whose errors hold no values and whose statements end."""
+    url = make_url(settings.database_url)
+    return create_async_engine(
+        url,
+        hide_parameters=True,
+        poolclass=AsyncAdaptedQueuePool,
+        # Two beyond the requests' own for relay, consumers and timers.
+        pool_size=settings.pool_size + 2,
+        max_overflow=6,
+        pool_timeout=5,
+        pool_recycle=1800,
+        connect_args={
+            "timeout": 5,
+            "command_timeout": settings.statement_timeout + 5,
+            "server_settings": {
+                "application_name": f"care-{application}",
+                "lock_timeout": str(int(settings.lock_timeout * 1000)),
+                "statement_timeout": str(int(settings.statement_timeout * 1000)),
+                "idle_in_transaction_session_timeout": "15000",
+                "timezone": "UTC",
+                "jit": "off",
+            },
+        },
+    )
+
+
+_UUID = Uuid(as_uuid=False)
+_ENTRY = (
+    "id",
+    "tenant_id",
+    "actor",
+    "on_behalf_of",
+    "method",
+    "permission",
+    "purpose",
+    "subject_ids",
+    "outcome",
+    "trace_id",
+)
+_ENTRY_TYPES: dict[str, Any] = {"id": _UUID, "tenant_id": _UUID, "subject_ids": ARRAY(_UUID)}
+_AUDIT = text(
+    f"INSERT INTO audit ({', '.join(_ENTRY)}) VALUES ({', '.join(':' + name for name in _ENTRY)})"
+).bindparams(*(bindparam(name, type_=_ENTRY_TYPES.get(name, Text)) for name in _ENTRY))
+_OUTBOX_TYPES = (
+    bindparam("keys", type_=ARRAY(Text)),
+    bindparam("values", type_=ARRAY(LargeBinary)),
+    bindparam("traceparents", type_=ARRAY(Text)),
+    bindparam("topic", type_=Text),
+)
+_OUTBOX_SQL = (
+    "INSERT INTO outbox (topic, key, value, traceparent)"
+    " SELECT :topic, o.key, o.value, o.traceparent"
+    " FROM unnest(:keys, :values, :traceparents) WITH ORDINALITY AS o(key, value, traceparent, place) ORDER BY o.place"
+)
+_OUTBOX = text(_OUTBOX_SQL).bindparams(*_OUTBOX_TYPES)
+_FINISH = text(
+    f"WITH told AS ({_OUTBOX_SQL}), answered AS ("
+    "UPDATE idempotency_key SET response = :response, subject_ids = :subjects"
+    " WHERE tenant_id = :tenant AND actor = :actor AND method = :method AND request_id = :request_id)"
+    f" INSERT INTO audit ({', '.join(_ENTRY)}) VALUES ({', '.join(':audit_' + name for name in _ENTRY)})"
+).bindparams(
+    *_OUTBOX_TYPES,
+    bindparam("response", type_=LargeBinary),
+    bindparam("subjects", type_=ARRAY(_UUID)),
+    bindparam("tenant", type_=_UUID),
+    bindparam("actor", type_=Text),
+    bindparam("method", type_=Text),
+    bindparam("request_id", type_=Text),
+    *(bindparam(f"audit_{name}", type_=_ENTRY_TYPES.get(name, Text)) for name in _ENTRY),
+)

@@ -1,0 +1,513 @@
+"""A request's way through a service: one tuple of stages around every servicer's method."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import grpc
+import protovalidate
+from asyncpg import exceptions as pg
+from care.options.v1 import options_pb2
+from care.type.v1 import type_pb2
+from google.protobuf import symbol_database
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import Message
+from google.rpc import status_pb2
+from opentelemetry.trace import get_current_span
+from sqlalchemy import ARRAY, LargeBinary, Text, Uuid, bindparam, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm.exc import StaleDataError
+
+from chassis.access import Access, Caller, NeedSubject
+from chassis.auth import Identity, Verifier
+from chassis.call import Call, missing
+from chassis.clients import Clients
+from chassis.database import Database
+from chassis.errors import (
+    Aborted,
+    AlreadyExists,
+    DeadlineExceeded,
+    Internal,
+    Invalid,
+    NotFound,
+    PermissionDenied,
+    Problem,
+    ResourceExhausted,
+    Unavailable,
+    to_status,
+)
+from chassis.ids import new_id
+from chassis.settings import Settings
+from chassis.signing import Signer
+from chassis.tables import ChassisTables
+from chassis.telemetry import RpcSpan, Telemetry
+from chassis.timers import LoopMetrics, RunningLoop
+
+_MAX_CONFLICTS = 3
+
+
+class Method:
+    """One RPC, as its descriptor says it."""
+
+    def __init__(self, descriptor: MethodDescriptor, run: Callable[[Any, Call], Awaitable[Any]]) -> None:
+        classes = symbol_database.Default()
+        self.name = f"{descriptor.containing_service.full_name}/{descriptor.name}"
+        self.descriptor = descriptor
+        self.rule: options_pb2.Rule = descriptor.GetOptions().Extensions[options_pb2.rule]
+        self.request: type[Message] = classes.GetPrototype(descriptor.input_type)  # type: ignore[attr-defined]
+        self.response: type[Message] = classes.GetPrototype(descriptor.output_type)  # type: ignore[attr-defined]
+        level = descriptor.GetOptions().idempotency_level
+        self.writes = level != descriptor.GetOptions().NO_SIDE_EFFECTS
+        # A page of a list is noted within a second; all else before the answer.
+        self.listing = not self.writes and descriptor.name.startswith(("List", "BatchGet"))
+        self.has_request_id = "request_id" in descriptor.input_type.fields_by_name
+        self.has_source = "source" in descriptor.input_type.fields_by_name
+        self.has_tenant = "tenant_id" in descriptor.input_type.fields_by_name
+        self.run = run
+
+
+@dataclass
+class Credentials:
+    """What came with a request."""
+
+    token: str = ""
+    tenant_id: str = ""
+    on_behalf_of: str = ""
+
+
+@dataclass
+class Runtime:
+    """What every stage and call of one service works with."""
+
+    service: str
+    settings: Settings
+    database: Database
+    access: Access
+    verifier: Verifier
+    telemetry: Telemetry
+    reasons: Mapping[str, tuple[type[Problem], str, str]]
+    """Constraint name to (problem class, reason, message)."""
+    tables: ChassisTables
+    clients: Clients
+    loops: dict[str, RunningLoop] = field(default_factory=dict)
+    page_signer: Signer = field(init=False)
+    loop_metrics: LoopMetrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.page_signer = Signer(self.settings.signing_secret, "page")
+        self.loop_metrics = LoopMetrics(self.telemetry.registry)
+
+    def refuse_stale(self) -> None:
+        """Nothing was heard from patients for too long: rather no answer than a wrong one."""
+        raise Unavailable("ACCESS_STALE", "Access can't be confirmed now; try again.")
+
+
+@dataclass
+class Exchange:
+    """A request on its way: what the stages hand to each other."""
+
+    runtime: Runtime
+    method: Method
+    request: Message
+    credentials: Credentials
+    deadline: float | None
+    span: RpcSpan
+    caller: Caller | None = None
+    identity: Identity | None = None
+    confirmed: bool = False
+    call: Call | None = None
+    db: AsyncSession | None = None
+    replayed: bool = False
+
+
+Proceed = Callable[[Exchange], Awaitable[Message]]
+Stage = Callable[[Exchange, Proceed], Awaitable[Message]]
+
+
+async def authenticate(exchange: Exchange, proceed: Proceed) -> Message:
+    """Who calls. First, since nothing may be told to a stranger, not even what is wrong with the request."""
+    runtime, rule = exchange.runtime, exchange.method.rule
+    identity = exchange.identity = await runtime.verifier.verify(exchange.credentials.token)
+    if identity.service is None:
+        exchange.caller = await runtime.access.caller(identity)
+    elif rule.link:
+        exchange.caller = Caller("link", "", "")
+    else:
+        tenant = exchange.credentials.tenant_id
+        if exchange.method.has_tenant:
+            tenant = exchange.request.tenant_id  # type: ignore[attr-defined]
+        exchange.caller = Caller("system", identity.service, tenant)
+    return await proceed(exchange)
+
+
+async def permit(exchange: Exchange, proceed: Proceed) -> Message:
+    """The RPC's own rule. Before validation, so that a refused caller learns nothing of the request's shape."""
+    caller, rule, identity = exchange.caller, exchange.method.rule, exchange.identity
+    assert caller is not None and identity is not None
+    if identity.service is not None:
+        if identity.service not in rule.callers:
+            raise PermissionDenied("CALLER_NOT_ALLOWED", "This service may not call this RPC.")
+    elif not rule.permission:
+        raise PermissionDenied("INTERNAL_ONLY", "This RPC is only for the system's own services.")
+    elif rule.permission not in caller.permissions:
+        raise missing(rule.permission)
+    if caller.kind == "system" and not caller.tenant_id and rule.permission:
+        raise Invalid("TENANT_MISSING", "A service must say for which tenant it calls (metadata care-tenant).")
+    return await proceed(exchange)
+
+
+async def validate(exchange: Exchange, proceed: Proceed) -> Message:
+    """The rules beside the request's fields. The answer names the field and the rule, never the value."""
+    violations = protovalidate.collect_violations(exchange.request)
+    if violations:
+        first = violations[0].proto
+        path = _path(first.field)
+        raise Invalid(
+            "FIELD_INVALID", f"{path or 'the request'} breaks the rule {first.rule_id}.", field=path, rule=first.rule_id
+        )
+    return await proceed(exchange)
+
+
+async def see(exchange: Exchange, proceed: Proceed) -> Message:
+    """Outside the transaction, since an RPC inside one holds its connection: read through on a miss, once."""
+    access = exchange.runtime.access
+    try:
+        return await proceed(exchange)
+    except NeedSubject as need:
+        assert exchange.caller is not None
+        if exchange.confirmed or not access.may_read_through(exchange.caller):
+            raise NotFound from None
+        await access.read_through(exchange.caller.tenant_id, need.subject_ids)
+        exchange.confirmed = True
+    try:
+        return await proceed(exchange)
+    except NeedSubject:
+        raise NotFound from None
+
+
+async def audit(exchange: Exchange, proceed: Proceed) -> Message:
+    """A refusal leaves its row too, after the transaction is gone; successes are written inside it."""
+    try:
+        return await proceed(exchange)
+    except Problem as problem:
+        if exchange.identity is not None:
+            await exchange.runtime.database.audit.refused(entry(exchange, problem.code.name))
+        raise
+
+
+async def transact(exchange: Exchange, proceed: Proceed) -> Message:
+    """One transaction for a write; single statements for a read, which saves BEGIN and COMMIT."""
+    runtime, method = exchange.runtime, exchange.method
+    assert exchange.caller is not None
+    for attempt in range(_MAX_CONFLICTS):
+        call = exchange.call = Call(runtime, method, exchange.caller, confirmed=exchange.confirmed)
+        call.on_behalf_of = exchange.credentials.on_behalf_of
+        if method.has_source:
+            call.source = type_pb2.Source.Code.Name(exchange.request.source)  # type: ignore[attr-defined]
+        try:
+            if not method.writes:
+                async with runtime.database.reading() as db:
+                    call.begin(db)
+                    answer = await proceed(exchange)
+                    await runtime.database.audit.read(db, entry(exchange, "OK"), at_once=not method.listing)
+                return answer
+            async with runtime.database.writing() as db:
+                exchange.db = db
+                return await proceed(exchange)
+        except StaleDataError as error:
+            raise Aborted("CHANGED_MEANWHILE", "Somebody else has changed it; read it again.") from error
+        except DBAPIError as error:
+            if sqlstate(error) == "40001" and attempt + 1 < _MAX_CONFLICTS:
+                continue
+            raise translated(error, runtime) from error
+    raise AssertionError
+
+
+async def deduplicate(exchange: Exchange, proceed: Proceed) -> Message:
+    """A key is claimed before the work, in the transaction of its effect; a replay gets the first answer.
+
+    Looking first and storing later gave three of ten twins a conflict with their own sibling.
+    """
+    runtime, method, call = exchange.runtime, exchange.method, exchange.call
+    if not method.writes:
+        return await proceed(exchange)
+    db = exchange.db
+    assert call is not None and db is not None
+    request_id = getattr(exchange.request, "request_id", "") or new_id()
+    digest = _body_hash(exchange.request)
+    key = {
+        "tenant": call.tenant_id or _NO_TENANT,
+        "actor": call.actor,
+        "method": method.name,
+        "request_id": request_id,
+    }
+    async with runtime.database.twins(tuple(key.values())):
+        claimed = (await db.execute(_CLAIM, {**key, "hash": digest})).first()
+        if claimed is None:
+            return await _replay(exchange, call, db, key, digest)
+        call.begin(db, claimed.create_time)
+        answer = await proceed(exchange)
+        await db.flush()
+        # Refused work leaves by an exception, so only answers are stored.
+        await runtime.database.finish(
+            db,
+            entry(exchange, "OK"),
+            {**key, "response": answer.SerializeToString(), "subjects": list(call.subject_ids)},
+        )
+        # The twin that waits must find the claim: the lock is held until the commit.
+        await db.commit()
+    return answer
+
+
+async def _replay(exchange: Exchange, call: Call, db: Any, key: dict[str, Any], digest: bytes) -> Message:
+    stored = (await db.execute(_STORED, key)).one()
+    if stored.body_hash != digest:
+        raise AlreadyExists(
+            "IDEMPOTENCY_KEY_REUSED", "This request_id (Idempotency-Key) was used with another request; take a new one."
+        )
+    call.begin(db)
+    for subject in stored.subject_ids:  # access may have ended since
+        await call.subject(subject)
+    exchange.replayed = True
+    await exchange.runtime.database.audit.read(db, entry(exchange, "OK"), at_once=True)
+    await db.commit()
+    return exchange.method.response.FromString(stored.response)
+
+
+async def work(exchange: Exchange) -> Message:
+    """The servicer's own method, at last."""
+    assert exchange.call is not None
+    answer: Message = await exchange.method.run(exchange.request, exchange.call)
+    return answer
+
+
+# From the outside in. See each stage for why it stands where it stands.
+STAGES: tuple[Stage, ...] = (audit, authenticate, permit, validate, see, transact, deduplicate)
+
+
+def _fold(stages: Sequence[Stage]) -> Proceed:
+    def around(proceed: Proceed, stage: Stage) -> Proceed:
+        async def run(exchange: Exchange) -> Message:
+            return await stage(exchange, proceed)
+
+        return run
+
+    innermost: Proceed = work
+    return reduce(around, reversed(stages), innermost)
+
+
+class Pipeline:
+    """All methods of one service behind the stages."""
+
+    def __init__(self, runtime: Runtime, servicers: Mapping[ServiceDescriptor, object]) -> None:
+        self.runtime = runtime
+        self.methods: dict[str, Method] = {}
+        for service, servicer in servicers.items():
+            for descriptor in service.methods:
+                method = Method(descriptor, getattr(servicer, descriptor.name))
+                self.methods[method.name] = method
+        self._run = _fold(STAGES)
+        self._in_flight = 0
+
+    async def invoke(
+        self,
+        method: Method,
+        request: Message,
+        credentials: Credentials,
+        *,
+        metadata: Any = (),
+        time_remaining: Callable[[], float | None] | None = None,
+    ) -> Message:
+        """Run one request. Raises Problem, nothing else (and CancelledError)."""
+        remaining = time_remaining() if time_remaining is not None else None
+        deadline = time.monotonic() + remaining if remaining is not None else None
+        with self.runtime.telemetry.server_span(method.name, metadata, time_remaining=time_remaining) as span:
+            exchange = Exchange(self.runtime, method, request, credentials, deadline, span)
+            if self._in_flight >= self.runtime.settings.concurrency:
+                problem: Problem = ResourceExhausted("OVERLOADED", "Too many requests at once; try again in a second.")
+                span.set_code(problem.code, reason=problem.reason)
+                raise problem
+            self._in_flight += 1
+            try:
+                async with asyncio.timeout(remaining):
+                    answer = await self._run(exchange)
+                span.set_code(grpc.StatusCode.OK)
+                return answer
+            except Problem as error:
+                span.set_code(error.code, reason=error.reason)
+                self._note(exchange, error.code.name, error.reason)
+                raise
+            except TimeoutError as error:
+                span.set_code(grpc.StatusCode.DEADLINE_EXCEEDED, reason="DEADLINE_EXCEEDED")
+                self._note(exchange, "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")
+                raise DeadlineExceeded("DEADLINE_EXCEEDED", "The answer did not come in time; try again.") from error
+            except Exception as error:
+                told = translated(error, self.runtime)
+                span.set_code(told.code, reason=told.reason, error=error)
+                self._note(exchange, told.code.name, told.reason, error)
+                raise told from error
+            finally:
+                self._in_flight -= 1
+
+    def _note(self, exchange: Exchange, code: str, reason: str, error: BaseException | None = None) -> None:
+        log = self.runtime.telemetry.log
+        if error is not None and code in ("INTERNAL", "UNKNOWN"):
+            log.error("call failed", method=exchange.method.name, code=code, reason=reason, exc_info=error)
+        else:
+            log.info("call refused", method=exchange.method.name, code=code, reason=reason)
+
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
+        """Handlers for a grpc.aio server, one per service."""
+        services: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
+        for method in self.methods.values():
+            service = method.descriptor.containing_service.full_name
+            services.setdefault(service, {})[method.descriptor.name] = grpc.unary_unary_rpc_method_handler(
+                self._handler(method),
+                request_deserializer=method.request.FromString,
+                response_serializer=method.response.SerializeToString,
+            )
+        return [grpc.method_handlers_generic_handler(name, each) for name, each in services.items()]
+
+    def _handler(self, method: Method) -> Callable[[Message, Any], Awaitable[Message]]:
+        async def serve(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> Message:
+            metadata = context.invocation_metadata() or ()
+            try:
+                return await self.invoke(
+                    method,
+                    request,
+                    credentials_from(metadata),
+                    metadata=metadata,
+                    time_remaining=context.time_remaining,
+                )
+            except Problem as problem:
+                # grpc's own abort would log; the caller is answered by status alone.
+                await _refuse(context, problem)
+                return method.response()
+
+        return serve
+
+    async def batched(self, name: str, body: bytes, credentials: Credentials, traceparent: str) -> tuple[int, bytes]:
+        """One read of a batch: (0, response) or (code, serialized google.rpc.Status)."""
+        method = self.methods.get(name)
+        try:
+            if method is None or method.writes or not method.rule.permission:
+                raise Invalid("NOT_BATCHABLE", "Only reads of this service can be batched.")
+            metadata = (("traceparent", traceparent),) if traceparent else ()
+            answer = await self.invoke(method, method.request.FromString(body), credentials, metadata=metadata)
+        except Problem as problem:
+            return problem.code.value[0], to_status(problem).SerializeToString()
+        return 0, answer.SerializeToString()
+
+
+async def _refuse(context: Any, problem: Problem) -> None:
+    status: status_pb2.Status = to_status(problem)
+    context.set_code(problem.code)
+    context.set_details(problem.message)
+    context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+
+
+def credentials_from(metadata: Any) -> Credentials:
+    """The caller's token and what a service says beside it."""
+    found = Credentials()
+    for key, value in metadata:
+        if key == "authorization":
+            scheme, _, token = value.partition(" ")
+            found.token = token.strip() if scheme.lower() == "bearer" else ""
+        elif key == "care-tenant":
+            found.tenant_id = value
+        elif key == "care-on-behalf-of":
+            found.on_behalf_of = value
+    return found
+
+
+def entry(exchange: Exchange, outcome: str) -> dict[str, Any]:
+    """The audit row of an exchange."""
+    call, caller = exchange.call, exchange.caller
+    identity = exchange.identity
+    context = get_current_span().get_span_context()
+    tenant = call.tenant_id if call is not None else (caller.tenant_id if caller is not None else "")
+    subjects = list(call.subject_ids) if call is not None else []
+    return {
+        "id": new_id(),
+        "tenant_id": tenant or (identity.tenant_id if identity is not None else "") or _NO_TENANT,
+        "actor": caller.actor if caller is not None else "unknown",
+        "on_behalf_of": call.on_behalf_of if call is not None else "",
+        "method": exchange.method.name,
+        "permission": exchange.method.rule.permission,
+        "purpose": call.purpose if call is not None else "",
+        "subject_ids": subjects,
+        "outcome": outcome,
+        "trace_id": f"{context.trace_id:032x}" if context.is_valid else "",
+    }
+
+
+def sqlstate(error: BaseException) -> str:
+    """SQLSTATE of a driver's error, or ""."""
+    return getattr(getattr(error, "orig", error), "sqlstate", None) or ""
+
+
+def translated(error: BaseException, runtime: Runtime) -> Problem:
+    """What a caller is told of an error: by constraint or SQLSTATE, never in the driver's words, which hold values."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, IntegrityError | DBAPIError):
+        cause = getattr(error.orig, "__cause__", None)
+        constraint = getattr(cause, "constraint_name", None) or ""
+        if constraint in runtime.reasons:
+            cls, reason, message = runtime.reasons[constraint]
+            return cls(reason, message)
+        state = sqlstate(error)
+        if state == "23503" and constraint.endswith("_subject_fkey"):
+            return NotFound()
+        if state == "55P03":
+            return Aborted("IN_PROGRESS", "The same change is under way; try again in a moment.")
+        if state == "40P01":
+            runtime.database.deadlocks.inc()
+        if state[:2] in ("08", "53", "57") or state == "40001" or error.connection_invalidated:
+            return Unavailable("DATABASE_UNAVAILABLE", "The database does not answer; try again.")
+        if isinstance(cause, pg.DataError):
+            return Invalid("VALUE_REFUSED", "A value can't be stored.")
+    if isinstance(error, OSError | ConnectionError):
+        return Unavailable("DATABASE_UNAVAILABLE", "The database does not answer; try again.")
+    return Internal()
+
+
+def _path(path: Any) -> str:
+    parts: list[str] = []
+    for element in path.elements:
+        name = element.field_name
+        subscript = element.subscript
+        kind = getattr(subscript, "case", None) or getattr(subscript, "field", None)
+        index = getattr(subscript, "value", None) if subscript is not None else None
+        if kind == "index" or isinstance(index, int):
+            name += f"[{index}]"
+        parts.append(name)
+    return ".".join(parts)
+
+
+def _body_hash(request: Message) -> bytes:
+    bare = type(request)()
+    bare.CopyFrom(request)
+    if "request_id" in bare.DESCRIPTOR.fields_by_name:
+        bare.ClearField("request_id")
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).digest()
+
+
+_NO_TENANT = "00000000-0000-0000-0000-000000000000"
+_KEY = [
+    bindparam("tenant", type_=Uuid(as_uuid=False)),
+    *(bindparam(n, type_=Text) for n in ("actor", "method", "request_id")),
+]
+_CLAIM = text(
+    "INSERT INTO idempotency_key (tenant_id, actor, method, request_id, body_hash)"
+    " VALUES (:tenant, :actor, :method, :request_id, :hash) ON CONFLICT DO NOTHING RETURNING create_time"
+).bindparams(*_KEY, bindparam("hash", type_=LargeBinary))
+_STORED = text(
+    "SELECT body_hash, response, subject_ids FROM idempotency_key"
+    " WHERE tenant_id = :tenant AND actor = :actor AND method = :method AND request_id = :request_id"
+).bindparams(*_KEY).columns(body_hash=LargeBinary, response=LargeBinary, subject_ids=ARRAY(Uuid(as_uuid=False)))  # fmt: skip

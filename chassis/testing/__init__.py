@@ -1,0 +1,1 @@
+"""Receivers and servers that tests of every package share."""

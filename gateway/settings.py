@@ -1,0 +1,23 @@
+"""What may be set of the gateway, beside what all services share (`CARE_…`)."""
+
+from pydantic import Field
+
+from chassis.settings import Settings
+
+
+class GatewaySettings(Settings):
+    """Times are in seconds, sizes in bytes."""
+
+    port: int = 8080
+    request_timeout: float = 10.0
+    """Deadline of a request: what is left of it is passed on to the services."""
+    leg_timeout: float = 0.8
+    """Deadline of each service's part of an aggregate."""
+    batch_legs: bool = True
+    """Joins several callers' parts of aggregates into one RPC per service; off: one RPC per part."""
+    body_limit: int = Field(default=1 << 20, ge=1024)
+    access_log: bool = True
+    ready_grace: float = 15.0
+    """From then on one reachable service is enough to be ready, since aggregates degrade."""
+    drain_delay: float = 0.0
+    """How long requests are still taken after /readyz said no: the time in which a load balancer notices."""

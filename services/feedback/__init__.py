@@ -1,0 +1,1 @@
+"""Feedback: surveys, scores and what follows from them."""

@@ -1,0 +1,1 @@
+"""The patients service: who is in care, who cares, and what is to be done."""

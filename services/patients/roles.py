@@ -1,0 +1,45 @@
+"""The roles that a tenant is shipped with; which permissions they bring is the tenant's to change."""
+
+_READ = {
+    "self.read", "patients.read", "timeline.read", "consents.read", "contacts.read", "staff.read", "pools.read",
+    "tasks.read", "directory.read", "availability.search", "appointments.read", "referrals.read", "reminders.read",
+    "messages.read", "questionnaires.read", "surveys.read",
+}  # fmt: skip
+_WORK = _READ | {"patients.match", "contacts.write", "tasks.write", "consents.write", "patients.write"}
+_BOOK = {"appointments.book", "appointments.write"}
+
+SHIPPED: dict[str, frozenset[str]] = {
+    name: frozenset(permissions)
+    for name, permissions in {
+        "coordinator": _WORK
+        | _BOOK
+        | {"appointments.check_in", "tasks.assign", "referrals.write", "referrals.triage", "patients.break_glass"},
+        "scheduler": _WORK | _BOOK | {"appointments.overbook", "appointments.check_in"},
+        "front_desk": _WORK | _BOOK | {"appointments.check_in"},
+        "nurse": _WORK | _BOOK | {"appointments.check_in", "patients.break_glass", "referrals.write"},
+        "clinician": _WORK
+        | {"appointments.check_in", "patients.break_glass", "referrals.write", "referrals.acknowledge"},
+        "manager": _WORK
+        | _BOOK
+        | {
+            "appointments.check_in", "appointments.void", "appointments.overbook", "tasks.assign", "directory.write",
+            "pools.write", "referrals.write", "referrals.triage", "accesses.read",
+        },
+        "quality": _READ | {"questionnaires.write"},
+        "privacy_officer": _READ | {"accesses.read", "patients.break_glass", "tasks.write"},
+        "integration_client": {
+            "self.read", "patients.import", "directory.import", "directory.read", "directory.write", "consents.write",
+            "patients.read", "patients.write",
+        },
+        "external_partner": {"self.read", "referrals.read", "referrals.write"},
+        "admin": {
+            "self.read", "staff.read", "staff.write", "pools.read", "pools.write", "roles.write", "directory.read",
+            "directory.write", "directory.import", "patients.import", "questionnaires.read", "questionnaires.write",
+        },
+        "patient": {"self.read", "patients.read", "appointments.read", "availability.search", "timeline.read", *_BOOK},
+        "proxy": {"self.read", "patients.read", "appointments.read", "availability.search", "timeline.read", *_BOOK},
+    }.items()
+}  # fmt: skip
+
+PERMISSIONS = frozenset().union(*SHIPPED.values())
+"""Every permission there is; a test holds it against the protos."""

@@ -1,0 +1,122 @@
+"""Staff, pools, roles and logins."""
+
+from typing import Any
+
+from chassis.model import Aggregate, Id, Ids
+from sqlalchemy import ARRAY, Index, Text, UniqueConstraint, text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Mapped, mapped_column
+
+from services.patients.patient import Base
+
+
+class Staff(Aggregate, Base):
+    """Somebody who works for the health system."""
+
+    __tablename__ = "staff"
+    __table_args__ = (
+        Index("staff_login_key", "tenant_id", "issuer", "subject", unique=True, postgresql_where=text("subject <> ''")),
+        Index("staff_by_name", "tenant_id", "family_name", "id"),
+    )
+    aggregate = "staff"
+    subject_field = None
+
+    issuer: Mapped[str] = mapped_column(Text, default="")
+    subject: Mapped[str] = mapped_column(Text, default="")
+    name: Mapped[dict[str, Any]] = mapped_column(JSONB, default=dict)
+    family_name: Mapped[str] = mapped_column(Text, default="")
+    credentials: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
+    clinical: Mapped[bool] = mapped_column(default=False)
+    practitioner_id: Mapped[str | None] = mapped_column(Id)
+    clinic_ids: Mapped[list[str]] = mapped_column(Ids, default=list)
+    roles: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
+    licensed_states: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
+    absences: Mapped[list[Any]] = mapped_column(JSONB, default=list)
+    clearances: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
+    active: Mapped[bool] = mapped_column(default=True)
+
+    def change(self, **values: Any) -> None:
+        """Set fields and tell the whole state, since every service decides by it."""
+        if "practitioner_id" in values:
+            values["practitioner_id"] = values["practitioner_id"] or None
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.family_name = (self.name or {}).get("family_name", "")
+        if self.subject:
+            self.tell("changed", **self.principal)
+
+    @property
+    def principal(self) -> dict[str, Any]:
+        """As `care.access.v1.PrincipalState`."""
+        return {"kind": "STAFF", "principal_id": self.id, "group_ids": self.clinic_ids}
+
+
+class Login(Aggregate, Base):
+    """A sign-in of a patient or related person."""
+
+    __tablename__ = "login"
+    __table_args__ = (UniqueConstraint("tenant_id", "issuer", "subject", name="login_key"),)
+    aggregate = "login"
+    subject_field = None
+
+    issuer: Mapped[str]
+    subject: Mapped[str]
+    kind: Mapped[str]  # PATIENT or RELATED
+    person_id: Mapped[str] = mapped_column(Id)
+
+    @property
+    def principal(self) -> dict[str, Any]:
+        """As `care.access.v1.PrincipalState`."""
+        role = "patient" if self.kind == "PATIENT" else "proxy"
+        return {
+            "kind": self.kind,
+            "principal_id": self.person_id,
+            "roles": [role],
+            "group_ids": [],
+            "clearances": [],
+            "active": True,
+        }
+
+    @property
+    def person(self) -> dict[str, str]:
+        """Whose sign-in it is."""
+        return {"type": "Patient" if self.kind == "PATIENT" else "RelatedPerson", "id": self.person_id}
+
+
+class Pool(Aggregate, Base):
+    """A team that owns work."""
+
+    __tablename__ = "pool"
+    __table_args__ = (UniqueConstraint("tenant_id", "name", name="pool_name_key"),)
+    aggregate = "pool"
+    subject_field = None
+
+    name: Mapped[str]
+    purpose: Mapped[str] = mapped_column(Text, default="")
+    staff_ids: Mapped[list[str]] = mapped_column(Ids, default=list)
+    clinic_ids: Mapped[list[str]] = mapped_column(Ids, default=list)
+    specialty_codes: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
+    active: Mapped[bool] = mapped_column(default=True)
+
+    def change(self, **values: Any) -> None:
+        """Set fields and tell the whole pool."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.tell("changed")
+
+
+class Role(Aggregate, Base):
+    """A named set of permissions."""
+
+    __tablename__ = "role"
+    __table_args__ = (UniqueConstraint("tenant_id", "name", name="role_name_key"),)
+    aggregate = "role"
+    subject_field = None
+
+    name: Mapped[str]
+    permissions: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
+
+    def change(self, permissions: list[str]) -> None:
+        """Replace the permissions and tell them."""
+        self.permissions = sorted(set(permissions))
+        self.tell("changed")

@@ -1,0 +1,1 @@
+"""Referrals: the loop from request to closed report, with a clock in every state."""

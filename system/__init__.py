@@ -1,0 +1,1 @@
+"""The whole on one machine: embedded PostgreSQL and Kafka, the embedded run and the command line."""

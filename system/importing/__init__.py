@@ -1,0 +1,1 @@
+"""Bringing in what a health system already has: FHIR bundles of patients, and a file on its clinics."""
