@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from care.audit.v1 import audit_pb2
 from joserfc import jws
 from joserfc.jwk import KeySet, OKPKey
-from sqlalchemy import ARRAY, BigInteger, LargeBinary, Table, Text, Uuid, bindparam, text
+from sqlalchemy import ARRAY, BigInteger, LargeBinary, Text, Uuid, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from chassis.call import Call
@@ -70,9 +70,9 @@ class Sealer:
     transactions would cost two thirds of the bookings, and without any lock a chain forks.
     """
 
-    def __init__(self, engine: AsyncEngine, lease: Table, settings: Settings, telemetry: Telemetry) -> None:
+    def __init__(self, engine: AsyncEngine, settings: Settings, telemetry: Telemetry) -> None:
         self._engine = engine
-        self._lease = Lease(engine, lease, "audit", ttl=settings.relay_lease)
+        self._lease = Lease(engine, "audit", ttl=settings.relay_lease)
         self._checkpoints = settings.audit_checkpoint_file
         self._key_file = settings.service_key_file
         self._service = telemetry.service
@@ -127,8 +127,8 @@ class Sealer:
             return
         key = OKPKey.import_key(json.loads(self._key_file.read_text()))
         claim = json.dumps({"service": self._service, "seal": seal, "hash": head.hex()}).encode()
-        header = {"alg": "EdDSA", "kid": self._service}
-        signed = jws.serialize_compact(header, claim, key, algorithms=["EdDSA"])
+        header = {"alg": "Ed25519", "kid": self._service}
+        signed = jws.serialize_compact(header, claim, key, algorithms=["Ed25519"])
         with self._checkpoints.open("a") as file:
             file.write(signed + "\n")
 
@@ -179,7 +179,7 @@ def _read_checkpoints(file: Path | None, keys: KeySet | None) -> Iterable[tuple[
     if file is None or keys is None or not file.exists():
         return
     for line in file.read_text().split():
-        claim = json.loads(jws.deserialize_compact(line, keys, algorithms=["EdDSA", "Ed25519"]).payload or b"")
+        claim = json.loads(jws.deserialize_compact(line, keys, algorithms=["Ed25519"]).payload or b"")
         yield claim["seal"], bytes.fromhex(claim["hash"])
 
 

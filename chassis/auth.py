@@ -19,7 +19,7 @@ from chassis.errors import Unauthenticated, Unavailable
 from chassis.settings import Issuer
 
 # Never "none", never a shared secret: a public key must not verify as an HMAC key.
-_ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA", "Ed25519"]
+_ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "Ed25519"]
 _SERVICES = "care-services"
 _LEEWAY = 5.0
 _CACHED_AT_MOST = 20_000
@@ -108,7 +108,7 @@ class Verifier:
                 raise Unauthenticated("TOKEN_INVALID", "Credentials of services are not known here.")
             keys = self._service_keys = KeySet.import_key_set(json.loads(self._service_keys_file.read_text()))
         try:
-            decoded = jwt.decode(token, keys, algorithms=["EdDSA", "Ed25519"])
+            decoded = jwt.decode(token, keys, algorithms=["Ed25519"])
         except (JoseError, ValueError) as error:
             self._service_keys = None  # read again next time: keys are rotated by replacing the file
             raise Unauthenticated("TOKEN_INVALID", "The token can't be verified.") from error
@@ -207,6 +207,6 @@ class Credential:
                 raise Unavailable("NO_CREDENTIAL", "This service has no key to say who it is (service_key_file).")
             key = OKPKey.import_key(json.loads(self._key_file.read_text()))
             claims = {"iss": _SERVICES, "sub": self.service, "aud": "care", "iat": int(now), "exp": int(now) + 60}
-            self._token = jwt.encode({"alg": "EdDSA", "kid": self.service}, claims, key, algorithms=["EdDSA"])
+            self._token = jwt.encode({"alg": "Ed25519", "kid": self.service}, claims, key, algorithms=["Ed25519"])
             self._renew_at = now + 40
         return self._token

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message
-from sqlalchemy import ColumnElement, Select, and_, select, tuple_
+from sqlalchemy import ColumnElement, Select, and_, literal, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -255,7 +255,8 @@ def _shape(request: Message) -> str:
 
 
 def _read_key(column: InstrumentedAttribute[Any], value: Any) -> Any:
-    return datetime.fromisoformat(value) if column.type.python_type is datetime else value
+    read = datetime.fromisoformat(value) if column.type.python_type is datetime else value
+    return literal(read, column.type)
 
 
 __all__: Sequence[str] = ["Call", "missing", "require_etag"]

@@ -74,3 +74,8 @@ def revisions(folder: Path) -> Sequence[str]:
     """All revisions of a service, oldest first."""
     script = ScriptDirectory.from_config(config(folder))
     return [each.revision for each in reversed(list(script.walk_revisions()))]
+
+
+def chassis_schema(number: str) -> Sequence[str]:
+    """Statements of one frozen version of the chassis' own tables, for a service's revision to execute in order."""
+    return (Path(__file__).parent / "alembic" / f"chassis_{number}.sql").read_text().rstrip().rstrip(";").split(";\n\n")

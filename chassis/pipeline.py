@@ -13,7 +13,7 @@ import protovalidate
 from asyncpg import exceptions as pg
 from care.options.v1 import options_pb2
 from care.type.v1 import type_pb2
-from google.protobuf import symbol_database
+from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.rpc import status_pb2
@@ -55,12 +55,12 @@ class Method:
     """One RPC, as its descriptor says it."""
 
     def __init__(self, descriptor: MethodDescriptor, run: Callable[[Any, Call], Awaitable[Any]]) -> None:
-        classes = symbol_database.Default()
+
         self.name = f"{descriptor.containing_service.full_name}/{descriptor.name}"
         self.descriptor = descriptor
         self.rule: options_pb2.Rule = descriptor.GetOptions().Extensions[options_pb2.rule]
-        self.request: type[Message] = classes.GetPrototype(descriptor.input_type)  # type: ignore[attr-defined]
-        self.response: type[Message] = classes.GetPrototype(descriptor.output_type)  # type: ignore[attr-defined]
+        self.request: type[Message] = message_factory.GetMessageClass(descriptor.input_type)
+        self.response: type[Message] = message_factory.GetMessageClass(descriptor.output_type)
         level = descriptor.GetOptions().idempotency_level
         self.writes = level != descriptor.GetOptions().NO_SIDE_EFFECTS
         # A page of a list is noted within a second; all else before the answer.
@@ -340,7 +340,7 @@ class Pipeline:
                 return answer
             except Problem as error:
                 span.set_code(error.code, reason=error.reason)
-                self._note(exchange, error.code.name, error.reason)
+                self._note(exchange, error.code.name, error.reason, error.__cause__)
                 raise
             except TimeoutError as error:
                 span.set_code(grpc.StatusCode.DEADLINE_EXCEEDED, reason="DEADLINE_EXCEEDED")

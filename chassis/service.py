@@ -136,7 +136,6 @@ class Server:
         self.relay = Relay(
             bus,
             self.database.engine,
-            tables.lease,
             tracer=telemetry.tracer,
             registry=telemetry.registry,
             log=telemetry.log,
@@ -149,7 +148,6 @@ class Server:
             service.topics,
             service.reactions,
             self.database.sessions,
-            tables.inbox,
             tracer=telemetry.tracer,
             registry=telemetry.registry,
             log=telemetry.log,
@@ -157,7 +155,7 @@ class Server:
             applied=self._applied,
             actor=f"system:{service.name}",
         )
-        self.sealer = Sealer(self.database.engine, tables.lease, settings, telemetry)
+        self.sealer = Sealer(self.database.engine, settings, telemetry)
         self.health = health.aio.HealthServicer()
         self._servers: list[grpc.aio.Server] = []
         self._metrics: MetricsServer | None = None

@@ -140,7 +140,7 @@ def access_tables(metadata: MetaData) -> Access:
     heartbeat = Table(
         "access_heartbeat",
         metadata,
-        Column("partition", Integer, primary_key=True),
+        Column("partition", Integer, primary_key=True, autoincrement=False),
         Column("time", DateTime(timezone=True), nullable=False),
     )
     return Access(subject, principal, role, heartbeat)

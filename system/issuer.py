@@ -87,6 +87,13 @@ class DevelopmentIssuer:
             raise ValueError("exactly one of role, patient_id and subject")
         subject = subject or (staff_subject(role) if role else patient_subject(patient_id))
         now = int(time.time())
-        claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": subject, "tenant": tenant, "iat": now, "exp": now + int(seconds)}
+        claims = {
+            "iss": ISSUER,
+            "aud": AUDIENCE,
+            "sub": subject,
+            "tenant": tenant,
+            "iat": now,
+            "exp": now + int(seconds),
+        }
         header = {"alg": "ES256", "kid": self._key.kid, "typ": "JWT"}
         return jwt.encode(header, claims, self._key, algorithms=["ES256"])

@@ -228,7 +228,9 @@ class Mailbox:
             return _sms_error(429, 20429, "Too Many Requests", {"retry-after": "1"})
         if fault == "500":
             return _sms_error(500, 20500, "Internal Server Error")
-        fields = {name: values[-1] for name, values in parse_qs((await request.body()).decode(errors="replace")).items()}
+        fields = {
+            name: values[-1] for name, values in parse_qs((await request.body()).decode(errors="replace")).items()
+        }
         for name, code in (("To", 21604), ("From", 21603), ("Body", 21602)):
             if not fields.get(name):
                 return _sms_error(400, code, f"A '{name}' is required.")
@@ -249,7 +251,12 @@ class Mailbox:
         await asyncio.sleep(0.05)
         self.keep(replace(letter, status="delivered"))
         if letter.status_callback:
-            said = {"MessageSid": letter.id, "MessageStatus": "delivered", "To": letter.recipient, "From": letter.sender}
+            said = {
+                "MessageSid": letter.id,
+                "MessageStatus": "delivered",
+                "To": letter.recipient,
+                "From": letter.sender,
+            }
             with contextlib.suppress(httpx2.HTTPError, httpx2.InvalidURL, ValueError):  # told once, as a courtesy
                 async with httpx2.AsyncClient(timeout=2) as client:
                     await client.post(letter.status_callback, data=said)
@@ -310,7 +317,9 @@ def _letters(content: bytes, sender: str, recipients: Sequence[str]) -> list[Let
     parsed = email.message_from_bytes(content, policy=email.policy.default)
     assert isinstance(parsed, EmailMessage)
     bodies = {kind: parsed.get_body((kind,)) for kind in ("plain", "html")}
-    texts = {kind: str(body.get_content()).replace("\r\n", "\n") if body is not None else "" for kind, body in bodies.items()}
+    texts = {
+        kind: str(body.get_content()).replace("\r\n", "\n") if body is not None else "" for kind, body in bodies.items()
+    }
     return [
         Letter(
             id=f"EM{time.time_ns():x}{secrets.token_hex(6)}", time=_now(), channel="email", sender=sender, recipient=to,

@@ -5,8 +5,8 @@ from typing import Any
 
 from chassis.errors import Invalid
 from chassis.model import Aggregate, Id, Ids, Owned, about_subject, base
-from sqlalchemy import ARRAY, BigInteger, DateTime, Index, Text, UniqueConstraint, func, select, text
-from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy import BigInteger, DateTime, Index, Text, UniqueConstraint, func, select, text
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from chassis.model import Aggregate, Id, Ids
-from sqlalchemy import ARRAY, Index, Text, UniqueConstraint, text
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import Index, Text, UniqueConstraint, text
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from services.patients.patient import Base

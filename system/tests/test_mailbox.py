@@ -78,7 +78,9 @@ async def test_the_callback_is_told_of_the_delivery(mailbox, provider):
 
     async def listen(reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
-        size = next(int(each.split(b":")[1]) for each in head.lower().split(b"\r\n") if each.startswith(b"content-length"))
+        size = next(
+            int(each.split(b":")[1]) for each in head.lower().split(b"\r\n") if each.startswith(b"content-length")
+        )
         heard.set_result(await reader.readexactly(size))
         writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
         writer.close()

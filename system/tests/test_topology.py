@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_chart_has_the_same_workloads_that_call_the_same_services():
     values = yaml.safe_load((ROOT / "deploy/helm/care-coordinator/values.yaml").read_text())["services"]
     assert {name: tuple(each["calls"]) for name, each in values.items()} == {n: node.calls for n, node in NODES.items()}
-    assert {name for name, each in values.items() if "database" in each} == {n for n, node in NODES.items() if node.database}
+    assert {name for name, each in values.items() if "database" in each} == {
+        n for n, node in NODES.items() if node.database
+    }
     assert {name for name, each in values.items() if each["kafka"]} == set(SERVICES)
 
 
@@ -39,4 +41,7 @@ def test_calls_go_one_way():
 
 def test_two_replicas_of_a_service_are_one_target():
     addresses = {"patients": ["127.0.0.1:1", "127.0.0.1:2"], "scheduling": ["127.0.0.1:3"]}
-    assert peers("feedback", addresses) == {"patients": "ipv4:127.0.0.1:1,127.0.0.1:2", "scheduling": "ipv4:127.0.0.1:3"}
+    assert peers("feedback", addresses) == {
+        "patients": "ipv4:127.0.0.1:1,127.0.0.1:2",
+        "scheduling": "ipv4:127.0.0.1:3",
+    }

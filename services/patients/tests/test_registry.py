@@ -1,0 +1,201 @@
+"""The registry over gRPC: who may read, who may write, and what a stranger learns."""
+
+import asyncio
+
+import pytest
+from care.patients.v1 import patients_pb2 as pb
+from care.patients.v1 import staff_pb2
+from care.patients.v1.patients_pb2_grpc import PatientsServiceStub
+from care.patients.v1.staff_pb2_grpc import PoolsServiceStub, StaffServiceStub
+from chassis.errors import Problem
+from chassis.ids import new_id
+from chassis.testing.harness import Harness
+
+from services.patients.service import SERVICE
+
+WORK = ["patients.read", "patients.write", "patients.match", "patients.break_glass", "accesses.read", "pools.write"]
+
+
+@pytest.fixture(scope="module")
+async def harness(database):
+    harness = Harness(database)
+    await harness.start(SERVICE)
+    yield harness
+    await harness.stop()
+
+
+@pytest.fixture(scope="module")
+async def clinics(harness):
+    here, elsewhere = new_id(), new_id()
+    await harness.staff("cora", WORK, clinics=[here])
+    await harness.staff("elias", WORK, clinics=[elsewhere])
+    await harness.call(
+        "patients",
+        PoolsServiceStub,
+        "CreatePool",
+        staff_pb2.CreatePoolRequest(pool=staff_pb2.Pool(name="privacy", purpose="privacy")),
+        "cora",
+    )
+    return here, elsewhere
+
+
+async def patients(harness, method, request, subject="cora"):
+    return await harness.call("patients", PatientsServiceStub, method, request, subject)
+
+
+def a_patient(family="Okonkwo", given="Ada", born="1980-02-29"):
+    return pb.Patient(
+        names=[{"family_name": family, "given_names": [given]}],
+        birth_date=born,
+        gender=pb.Gender.FEMALE,
+        telecom=[{"system": 1, "value": "555-867-0134", "use": 1}],
+    )
+
+
+async def created(harness, clinic, subject="cora", **more):
+    return await patients(
+        harness, "CreatePatient", pb.CreatePatientRequest(patient=a_patient(**more), clinic_id=clinic), subject
+    )
+
+
+async def test_a_patient_is_read_by_staff_of_the_clinic_and_by_nobody_else(harness, clinics):
+    patient = await created(harness, clinics[0], family="Whitfield")
+    read = await patients(harness, "GetPatient", pb.GetPatientRequest(id=patient.id))
+    assert read.names[0].family_name == "Whitfield"
+    assert list(read.clinic_ids) == [clinics[0]]
+    with pytest.raises(Problem) as hidden:
+        await patients(harness, "GetPatient", pb.GetPatientRequest(id=patient.id), "elias")
+    with pytest.raises(Problem) as absent:
+        await patients(harness, "GetPatient", pb.GetPatientRequest(id=new_id()), "elias")
+    assert (hidden.value.code, hidden.value.reason, hidden.value.message) == (
+        absent.value.code,
+        absent.value.reason,
+        absent.value.message,
+    )
+    assert hidden.value.reason == "NOT_FOUND"
+
+
+async def test_an_invalid_phone_is_kept_and_marked(harness, clinics):
+    patient = await created(harness, clinics[0], family="Lindqvist")
+    assert patient.telecom[0].value == "555-867-0134"
+    assert patient.telecom[0].e164 == ""
+
+
+async def test_an_update_needs_the_etag_that_was_read(harness, clinics):
+    patient = await created(harness, clinics[0], family="Marchetti")
+    change = pb.UpdatePatientRequest(patient={"id": patient.id, "languages": ["es"]})
+    with pytest.raises(Problem) as missing:
+        await patients(harness, "UpdatePatient", change)
+    assert missing.value.reason == "ETAG_REQUIRED"
+    change.etag = patient.etag
+    updated = await patients(harness, "UpdatePatient", change)
+    assert list(updated.languages) == ["es"] and updated.etag != patient.etag
+    with pytest.raises(Problem) as stale:
+        await patients(harness, "UpdatePatient", change)
+    assert stale.value.reason == "ETAG_MISMATCH"
+
+
+async def test_of_64_writers_with_one_etag_one_wins_and_the_others_are_told(harness, clinics):
+    patient = await created(harness, clinics[0], family="Vandermeer")
+
+    async def write(number):
+        change = pb.UpdatePatientRequest(
+            patient={"id": patient.id, "languages": [f"x{chr(97 + number % 26)}"]}, etag=patient.etag
+        )
+        try:
+            await patients(harness, "UpdatePatient", change)
+        except Problem as problem:
+            return problem.reason
+        return "written"
+
+    outcomes = await asyncio.gather(*(write(number) for number in range(64)))
+    assert outcomes.count("written") == 1
+    assert set(outcomes) == {"written", "ETAG_MISMATCH"}
+
+
+async def test_64_twins_of_one_request_have_one_effect_and_one_answer(harness, clinics):
+    request = pb.CreatePatientRequest(
+        patient=a_patient(family="Castellanos"), clinic_id=clinics[0], request_id="twins-1"
+    )
+    answers = await asyncio.gather(*(patients(harness, "CreatePatient", request) for _ in range(64)))
+    assert len({answer.id for answer in answers}) == 1
+    request.patient.birth_date = "1981-01-01"
+    with pytest.raises(Problem) as reused:
+        await patients(harness, "CreatePatient", request)
+    assert reused.value.reason == "IDEMPOTENCY_KEY_REUSED"
+
+
+async def test_a_like_patient_is_refused_until_confirmed(harness, clinics):
+    first = await created(harness, clinics[0], family="Baptiste")
+    with pytest.raises(Problem) as alike:
+        await created(harness, clinics[0], family="Baptiste")
+    assert alike.value.reason == "POSSIBLE_DUPLICATE"
+    assert alike.value.metadata["ids"] == first.id
+    again = await patients(
+        harness,
+        "CreatePatient",
+        pb.CreatePatientRequest(patient=a_patient(family="Baptiste"), clinic_id=clinics[0], confirm_new=True),
+    )
+    assert again.id != first.id
+
+
+async def test_broken_glass_opens_a_record_for_one_person(harness, clinics):
+    patient = await created(harness, clinics[0], family="Abernathy")
+    broken = await patients(
+        harness, "BreakGlass", pb.BreakGlassRequest(id=patient.id, reason="unconscious in our emergency room"), "elias"
+    )
+    assert broken.expire_time.seconds > 0
+    read = await patients(harness, "GetPatient", pb.GetPatientRequest(id=patient.id), "elias")
+    assert read.id == patient.id
+
+
+async def test_a_match_needs_two_criteria_and_shows_a_card(harness, clinics):
+    patient = await created(harness, clinics[0], family="Núñez", born="1975-05-05")
+    with pytest.raises(Problem) as one:
+        await patients(harness, "SearchPatients", pb.SearchPatientsRequest(family_name="nunez"), "elias")
+    assert one.value.reason == "TWO_CRITERIA_NEEDED"
+    found = await patients(
+        harness, "SearchPatients", pb.SearchPatientsRequest(family_name="nunez", birth_date="1975-05-05"), "elias"
+    )
+    assert [card.id for card in found.matches] == [patient.id]
+    assert found.matches[0].phone_last_four == "0134" and not found.matches[0].readable
+    opened = await patients(
+        harness,
+        "OpenPatient",
+        pb.OpenPatientRequest(id=patient.id, clinic_id=clinics[1], reason="the patient calls"),
+        "elias",
+    )
+    assert clinics[1] in opened.clinic_ids
+    await patients(harness, "GetPatient", pb.GetPatientRequest(id=patient.id), "elias")
+
+
+async def test_a_page_token_serves_only_its_own_query(harness, clinics):
+    first = await patients(harness, "ListPatients", pb.ListPatientsRequest(page_size=2))
+    assert first.next_page_token and len(first.patients) == 2
+    second = await patients(
+        harness, "ListPatients", pb.ListPatientsRequest(page_size=2, page_token=first.next_page_token)
+    )
+    assert not {one.id for one in first.patients} & {one.id for one in second.patients}
+    with pytest.raises(Problem) as other:
+        await patients(
+            harness,
+            "ListPatients",
+            pb.ListPatientsRequest(clinic_ids=[clinics[0]], page_token=first.next_page_token),
+        )
+    assert other.value.reason == "PAGE_TOKEN_INVALID"
+
+
+async def test_a_staff_member_whose_login_is_switched_off_is_a_stranger(harness, clinics):
+    await harness.staff("root", ["staff.write", "staff.read"])
+    staff = await harness.call(
+        "patients",
+        StaffServiceStub,
+        "CreateStaff",
+        staff_pb2.CreateStaffRequest(staff={"issuer": "https://issuer.test", "subject": "nora", "name": {"family_name": "N"}}),
+        "root",
+    )
+    await harness.call("patients", StaffServiceStub, "UpdateStaff", staff_pb2.UpdateStaffRequest(
+        staff={"id": staff.id, "active": False}, etag=staff.etag), "root")
+    with pytest.raises(Problem) as off:
+        await patients(harness, "GetPatient", pb.GetPatientRequest(id=new_id()), "nora")
+    assert off.value.reason == "LOGIN_INACTIVE"
