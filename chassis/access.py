@@ -26,11 +26,15 @@ _CALLERS_AT_MOST = 10_000
 
 
 class NeedSubject(Exception):
-    """A row that is about these subjects is out of sight by the local projection: read through and try once more."""
+    """A row that is about these subjects is out of sight by the local projection: read through and try once more.
 
-    def __init__(self, subject_ids: Iterable[str]) -> None:
+    `stale` says that the projection itself wasn't sure enough, rather than that it said no.
+    """
+
+    def __init__(self, subject_ids: Iterable[str], *, stale: bool = False) -> None:
         super().__init__()
         self.subject_ids = [one for one in subject_ids if one]
+        self.stale = stale
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +86,9 @@ class Owner(Protocol):
 # Permanent grants count where the labels are cleared; a timed grant is personal and counts by itself.
 _VISIBLE = """
 (
-  (:plain AND record_subject.grantee_ids && :mine
+  ((:plain OR record_subject.patient_id = ANY(:confirmed)) AND record_subject.grantee_ids && :mine
    AND (:all_labels OR (record_subject.security_labels <@ :clearances {labels})))
-  OR (:timed AND record_subject.timed_grants <> '[]' AND EXISTS (
+  OR ((:timed OR record_subject.patient_id = ANY(:confirmed)) AND record_subject.timed_grants <> '[]' AND EXISTS (
     SELECT FROM jsonb_to_recordset(record_subject.timed_grants)
              AS g(id uuid, until timestamptz, permissions jsonb)
      WHERE g.id = ANY(:mine) AND g.until > clock_timestamp()
@@ -100,6 +104,7 @@ def visible(table: str | None, params: dict[str, Any]) -> TextClause:
         bindparam("plain", params["plain"], type_=Boolean),
         bindparam("timed", params["timed"], type_=Boolean),
         bindparam("all_labels", params["all_labels"], type_=Boolean),
+        bindparam("confirmed", params["confirmed"], type_=ARRAY(Uuid(as_uuid=False))),
         bindparam("mine", params["mine"], type_=ARRAY(Uuid(as_uuid=False))),
         bindparam("clearances", params["clearances"], type_=ARRAY(Text)),
         bindparam("permission", params["permission"], type_=Text),
@@ -196,7 +201,8 @@ class Access:
                     row = (await connection.execute(query)).one()
                 self._heard_age = row.age if row.parts == PARTITIONS else float("inf")
                 self._heard_at = self._clock()
-            await asyncio.sleep(interval)
+            # Just started, nothing heard yet: the first heartbeat is worth looking for.
+            await asyncio.sleep(interval if self._heard_age != float("inf") else interval / 10)
 
     @property
     def age(self) -> float:
@@ -206,13 +212,14 @@ class Access:
     def _must_confirm(self, kind: str) -> bool:
         return self.age > (self._stale_staff if kind == "STAFF" else self._stale_patient)
 
-    def conditions(self, caller: Caller, permission: str, *, confirmed: bool) -> dict[str, Any]:
-        """Parameters of `visible` for this caller; `confirmed` says that the subjects were read live a moment ago."""
+    def conditions(self, caller: Caller, permission: str, confirmed: Sequence[str] = ()) -> dict[str, Any]:
+        """Parameters of `visible` for this caller; `confirmed` are the subjects that were read live a moment ago."""
         own = caller.kind != "staff"
         limit = self._stale_patient if own else self._stale_staff
         return {
-            "plain": confirmed or self.age <= limit,
-            "timed": confirmed or self.age <= self._stale_patient,
+            "plain": self.age <= limit,
+            "timed": self.age <= self._stale_patient,
+            "confirmed": list(confirmed),
             "all_labels": own,
             "mine": caller.mine,
             "clearances": list(caller.clearances),

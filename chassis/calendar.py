@@ -33,6 +33,11 @@ def is_business_day(day: date, holiday_region: str = "US", closed: frozenset[dat
     return day.weekday() < SATURDAY and day not in closed and day not in _holidays(holiday_region, day.year)
 
 
+def is_holiday(day: date, holiday_region: str) -> bool:
+    """Whether a day is a public holiday of the region. ValueError for an unknown region."""
+    return day in _holidays(holiday_region, day.year)
+
+
 def add_business_days(
     start: datetime, days: int, zone: str, holiday_region: str = "US", closed: frozenset[date] = frozenset()
 ) -> datetime:

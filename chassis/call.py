@@ -28,9 +28,10 @@ class Call:
     call touched and why, for the audit.
     """
 
-    def __init__(self, runtime: "Runtime", method: "Method", caller: Caller, *, confirmed: bool = False) -> None:
+    def __init__(self, runtime: "Runtime", method: "Method", request: Message, caller: Caller, confirmed: Sequence[str] = ()) -> None:
         self.runtime = runtime
         self.method = method
+        self.request = request
         self.caller = caller
         self.confirmed = confirmed
         self.tenant_id = caller.tenant_id
@@ -91,10 +92,11 @@ class Call:
         self._refuse_link()
         subject = self.runtime.access.tables.subject
         conditions = self._conditions()
-        if not conditions["plain"] and self.caller.kind != "staff":
-            raise NeedSubject([self.caller.id])
-        if not conditions["plain"]:
-            self.runtime.refuse_stale()
+        if not conditions["plain"] and not self.confirmed:
+            named = self._named_subjects()
+            if not named:
+                self.runtime.refuse_stale()
+            raise NeedSubject(named, stale=True)
         return query.join(
             subject,
             and_(subject.c.tenant_id == model.tenant_id, subject.c.patient_id == getattr(model, model.subject_field)),
@@ -116,15 +118,16 @@ class Call:
 
     async def one(self, model: type[A], *where: ColumnElement[bool]) -> A | None:
         """The only row that the caller may see under a condition, or None."""
-        subject_unsure = (
-            model.subject_field is not None and self.caller.kind == "staff" and not self._conditions()["plain"]
-        )
-        query = select(model).where(model.tenant_id == self.tenant_id) if subject_unsure else self.select(model)
-        if subject_unsure:
-            row = (await self.db.execute(query.where(*where))).scalar_one_or_none()
-            if row is not None:
-                raise NeedSubject([row.subject_id or ""])
-            return None
+        conditions = self._conditions() if model.subject_field is not None and self.caller.kind != "system" else None
+        if conditions is not None and not conditions["plain"] and not self.confirmed:
+            # Not sure enough to say no: the subject of the row, if there is one, is confirmed first.
+            owner = getattr(model, model.subject_field or "")
+            found = await self.db.execute(select(owner).where(model.tenant_id == self.tenant_id, *where))
+            subjects = list(found.scalars())
+            if not subjects:
+                return None
+            raise NeedSubject(subjects, stale=True)
+        query = self.select(model)
         if self.method.writes:
             query = query.with_for_update(of=model, key_share=True)
         return (await self.db.execute(query.where(*where))).scalar_one_or_none()
@@ -207,10 +210,18 @@ class Call:
             self.saw(row.subject_id)
         return rows, following
 
+    def _named_subjects(self) -> list[str]:
+        """Patients whom the request names, or the patient who calls."""
+        named: list[str] = []
+        for name in ("patient_id", "patient_ids"):
+            value = getattr(self.request, name, None)
+            named += [value] if isinstance(value, str) else list(value or ())
+        return [one for one in named if one] or ([self.caller.id] if self.caller.kind == "patient" else [])
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _conditions(self) -> dict[str, Any]:
-        return self.runtime.access.conditions(self.caller, self.method.rule.permission, confirmed=self.confirmed)
+        return self.runtime.access.conditions(self.caller, self.method.rule.permission, self.confirmed)
 
     def _refuse_link(self) -> None:
         if self.caller.kind == "link":

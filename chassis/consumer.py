@@ -21,7 +21,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from chassis.bus import Bus, BusUnavailable, Message, Partition, Reader, Record
-from chassis.logs import status_code_of
+from chassis.logs import REASON, status_code_of
 from chassis.model import Act
 from chassis.reactions import Reactions, Registered, knows_all_values
 from chassis.telemetry import context_from, links_to
@@ -537,7 +537,7 @@ class _Metrics:
 def reason_of(error: BaseException) -> str | None:
     """Our own reason word, if the exception carries one; never its text."""
     reason = getattr(error, "reason", None)
-    return reason if isinstance(reason, str) and reason.replace("_", "").isalnum() and reason.isupper() else None
+    return reason if isinstance(reason, str) and REASON.fullmatch(reason) else None
 
 
 def _origin(record: Record, name: str, otherwise: str) -> str:

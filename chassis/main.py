@@ -33,7 +33,12 @@ def bus_of(settings: Settings) -> Bus:
     if settings.kafka is not None:
         from chassis.bus.kafka import KafkaBus
 
-        return KafkaBus(settings.kafka.bootstrap, security=_security(settings.kafka.options))
+        return KafkaBus(
+            settings.kafka.bootstrap,
+            security=_security(settings.kafka.options),
+            replication_factor=settings.kafka.replication_factor,
+            topic_configs=settings.kafka.topic_configs,
+        )
     if settings.bus_url is None:
         raise SystemExit("Set CARE_KAFKA__BOOTSTRAP (or CARE_BUS_URL for the embedded bus).")
     from chassis.bus.postgres import PostgresBus

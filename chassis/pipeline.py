@@ -119,7 +119,7 @@ class Exchange:
     span: RpcSpan
     caller: Caller | None = None
     identity: Identity | None = None
-    confirmed: bool = False
+    confirmed: list[str] = field(default_factory=list)
     call: Call | None = None
     db: AsyncSession | None = None
     replayed: bool = False
@@ -180,10 +180,10 @@ async def see(exchange: Exchange, proceed: Proceed) -> Message:
         return await proceed(exchange)
     except NeedSubject as need:
         assert exchange.caller is not None
-        if exchange.confirmed or not access.may_read_through(exchange.caller):
+        if access.is_owner or not (need.stale or access.may_read_through(exchange.caller)):
             raise NotFound from None
         await access.read_through(exchange.caller.tenant_id, need.subject_ids)
-        exchange.confirmed = True
+        exchange.confirmed = need.subject_ids
     try:
         return await proceed(exchange)
     except NeedSubject:
@@ -205,7 +205,7 @@ async def transact(exchange: Exchange, proceed: Proceed) -> Message:
     runtime, method = exchange.runtime, exchange.method
     assert exchange.caller is not None
     for attempt in range(_MAX_CONFLICTS):
-        call = exchange.call = Call(runtime, method, exchange.caller, confirmed=exchange.confirmed)
+        call = exchange.call = Call(runtime, method, exchange.request, exchange.caller, exchange.confirmed)
         call.on_behalf_of = exchange.credentials.on_behalf_of
         if method.has_source:
             call.source = type_pb2.Source.Code.Name(exchange.request.source)  # type: ignore[attr-defined]
@@ -271,8 +271,9 @@ async def _replay(exchange: Exchange, call: Call, db: Any, key: dict[str, Any], 
             "IDEMPOTENCY_KEY_REUSED", "This request_id (Idempotency-Key) was used with another request; take a new one."
         )
     call.begin(db)
-    for subject in stored.subject_ids:  # access may have ended since
-        await call.subject(subject)
+    if call.caller.kind != "link":  # a link's token is part of the request that is the same
+        for subject in stored.subject_ids:  # access may have ended since
+            await call.subject(subject)
     exchange.replayed = True
     await exchange.runtime.database.audit.read(db, entry(exchange, "OK"), at_once=True)
     await db.commit()

@@ -30,7 +30,7 @@ class Reactions:
         self._by_type: dict[str, list[Registered]] = {}
 
     def on(self, *types: str, payload: type[P]) -> Callable[[Reaction[P]], Reaction[P]]:
-        """Register the decorated function for event types such as `appointment.cancelled`."""
+        """Register the decorated function for event types such as `thing.changed`."""
 
         def register(function: Reaction[P]) -> Reaction[P]:
             enums = tuple(_enum_fields(payload.DESCRIPTOR))

@@ -30,7 +30,7 @@ from chassis.auth import Credential, Verifier
 from chassis.batch import BatchServicer
 from chassis.bus import Bus, BusUnavailable
 from chassis.clients import Clients, RemoteOwner
-from chassis.consumer import Consumer
+from chassis.consumer import Consumer, trim_inbox
 from chassis.database import Database, Telling
 from chassis.errors import Problem
 from chassis.pipeline import Pipeline, Runtime
@@ -276,7 +276,10 @@ class Server:
             with contextlib.suppress(Exception):  # a database that is away is tidied later
                 async with self.database.acting(f"system:{self.service.name}") as db:
                     await db.execute(_OLD_KEYS, {"hours": self.settings.idempotency_hours})
-                    await db.execute(_OLD_MARKS)
+                    await db.execute(_OLD_BEATS)
+                # Longer than the bus keeps events: a redelivery must find its mark.
+                await trim_inbox(self.database.engine, 31 * _DAY)
+                await self.bus.trim(30 * _DAY)
             await asyncio.sleep(600)
 
 
@@ -285,11 +288,11 @@ _OLD_KEYS = text(
     "SELECT tenant_id, actor, method, request_id FROM idempotency_key"
     " WHERE create_time < clock_timestamp() - :hours * interval '1 hour' ORDER BY create_time LIMIT 5000)"
 )
-# Longer than any topic keeps an event; heartbeats are many and worth nothing once passed.
-_OLD_MARKS = text(
-    "DELETE FROM inbox WHERE time < clock_timestamp() - interval '30 days'"
-    " OR (type = 'access.heartbeat' AND time < clock_timestamp() - interval '1 hour')"
+# Heartbeats are many and worth nothing once passed: hearing one twice does no harm.
+_OLD_BEATS = text(
+    "DELETE FROM inbox WHERE type = 'access.heartbeat' AND time < clock_timestamp() - interval '1 hour'"
 )
+_DAY = 86_400.0
 
 
 def _bind(server: grpc.aio.Server, address: str) -> int:

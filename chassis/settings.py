@@ -24,6 +24,10 @@ class Kafka(BaseModel):
 
     bootstrap: str
     options: dict[str, str] = {}
+    replication_factor: int = 1
+    """Of topics that are made here; 3 in production, where topics are better made by the operator."""
+    topic_configs: dict[str, str] = {}
+    """Such as `min.insync.replicas` and `retention.ms` (30 days at least: the inbox keeps its marks so long)."""
 
 
 class Settings(BaseSettings):

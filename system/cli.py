@@ -102,10 +102,13 @@ async def _up(system: "System") -> None:
 
 
 def _welcome(system: "System") -> str:
+    import psutil  # type: ignore[import-untyped]
+
     from system.issuer import WARNING
 
+    ready_in = system.ready_time - psutil.Process().create_time()
     lines = [
-        f"Ready in {system.started_in:.1f} s: {system.url}   (documentation: /docs, mailbox: /dev/mailbox)",
+        f"Ready in {ready_in:.1f} s: {system.url}   (documentation: /docs, mailbox: /dev/mailbox)",
         f"Note: {WARNING}.",
         "",
     ]
@@ -316,13 +319,15 @@ def doctor(
     raise typer.Exit(1 if wrong else 0)
 
 
-def _import_command() -> None:
+def _add_import() -> None:
     from system.importing.cli import import_command
 
     app.command("import")(import_command)
 
 
-_import_command()
+_OTHERS = {each.callback.__name__ for each in app.registered_commands if each.callback} | {"audit"}
+if not _OTHERS & set(sys.argv[1:2]):  # half a second that they needn't wait for
+    _add_import()
 
 
 # -- what the commands share -------------------------------------------------------------------------------------------
@@ -380,8 +385,13 @@ def _environment(name: str, data: Path) -> dict[str, str]:
 
 
 def _with_environment(name: str, data: Path, kind: "type[Settings]") -> Any:
+    before = dict(os.environ)
     os.environ.update(_environment(name, data))
-    return kind()
+    try:
+        return kind()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _configured(name: str, data: Path) -> "tuple[Service, Settings]":
@@ -392,12 +402,7 @@ def _configured(name: str, data: Path) -> "tuple[Service, Settings]":
     if "CARE_DATABASE_URL" not in os.environ and _running(data) is None:
         _fail(f"nothing runs from {data} and CARE_DATABASE_URL is not set: start `care up`, or set it", 2)
     service = topology.service(name)
-    before = dict(os.environ)
-    try:
-        return service, _with_environment(name, data, service.settings)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    return service, _with_environment(name, data, service.settings)
 
 
 def _server(service: "Service", settings: "Settings") -> "Server":

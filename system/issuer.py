@@ -8,7 +8,7 @@ from typing import Final
 from joserfc import jwt
 from joserfc.jwk import ECKey
 
-from chassis import settings
+from chassis.settings import Issuer
 from system.keys import Keys
 
 ISSUER: Final = "https://issuer.care.localhost"
@@ -59,11 +59,9 @@ def patient_subject(patient_id: str) -> str:
     return f"patient-{patient_id}@sample"
 
 
-def accepted(keys: Keys) -> settings.Issuer:
+def accepted(keys: Keys) -> Issuer:
     """What services must be told, so that they take this issuer's tokens."""
-    return settings.Issuer(
-        issuer=ISSUER, audience=AUDIENCE, jwks_file=keys.issuer_keys_file, tenants={TENANT_CLAIM: TENANT_ID}
-    )
+    return Issuer(issuer=ISSUER, audience=AUDIENCE, jwks_file=keys.issuer_keys_file, tenants={TENANT_CLAIM: TENANT_ID})
 
 
 class DevelopmentIssuer:

@@ -2,18 +2,17 @@
 
 import asyncio
 import contextlib
+import importlib
 import os
 import signal
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx2
 
-from system import sample, topology
-from system.embedded import Embedded, migrate
 from system.issuer import ISSUER, TENANT_ID, DevelopmentIssuer, forbid_production, staff_subject
 from system.kafka import Kafka
 from system.keys import Keys
@@ -21,8 +20,11 @@ from system.mailbox import Mailbox
 from system.plan import Plan
 from system.postgres import Postgres
 from system.process import FolderLock, OwnedServer, ServerFailed, write_state
-from system.processes import Processes
 from system.topology import BUS_DATABASE, GATEWAY, SERVICES
+
+if TYPE_CHECKING:
+    from system.embedded import Embedded
+    from system.processes import Processes
 
 RUN_FILE = "run.json"
 _READY_SECONDS = 30.0
@@ -53,11 +55,11 @@ class System:
         self.postgres = Postgres(self.folder / "postgres", durable=durable)
         self.kafka = Kafka(self.folder / "kafka") if kafka else None
         self.plan = Plan(self.folder, self.keys, self.mailbox, port, replicas or {}, overrides or {})
-        self.workloads: Embedded | Processes = Processes(self.plan) if kafka else Embedded(self.plan)
-        self.started_in = 0.0
-        """Seconds that the last start took, without loading the sample."""
+        self.ready_time = 0.0
+        """When the last start was done but for the sample, in seconds of the epoch."""
         self.empty = empty
         self._lock = FolderLock(self.folder)
+        self._workloads: Embedded | Processes | None = None
         self._supervisors: list[asyncio.Task[None]] = []
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -65,14 +67,15 @@ class System:
     async def start(self) -> None:
         """Returns when a request would be answered and, unless empty, the sample is in."""
         forbid_production("`care up`")
-        began = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock.take()
         try:
             await self._start()
-            self.started_in = time.monotonic() - began
+            self.ready_time = time.time()
             self._write_run_file()
             if not self.empty:
+                from system import sample
+
                 await sample.load(self.url, self.token)
         except BaseException:
             await self.stop()
@@ -86,8 +89,8 @@ class System:
         await asyncio.gather(
             *(server.start() for server in servers),
             self.mailbox.start(),
-            # Meanwhile, since importing them takes as long as PostgreSQL's start.
-            asyncio.to_thread(lambda: [topology.service(name) for name in SERVICES]),
+            # Meanwhile, since importing it all takes as long as PostgreSQL's start.
+            asyncio.to_thread(_import),
         )
         self._supervisors = [asyncio.create_task(server.supervise()) for server in servers]
         names = [node.database or name for name, node in SERVICES.items()] + [BUS_DATABASE]
@@ -95,16 +98,21 @@ class System:
         self.plan.databases = dict(zip(names, urls, strict=True))
         if self.kafka is not None:
             self.plan.kafka = self.kafka.bootstrap
+        from system.embedded import Embedded, migrate
+        from system.processes import Processes
+
         await migrate(self.plan.databases)
-        await self._bootstrap(administrator=not self.empty)
-        await self.workloads.start()
+        await bootstrap(self.plan.databases["patients"], administrator=not self.empty)
+        self._workloads = Processes(self.plan) if self.kafka else Embedded(self.plan)
+        await self._workloads.start()
         await self.ready()
 
     async def stop(self) -> None:
         """The gateway, the services, the mailbox, then the servers below them."""
         (self.folder / RUN_FILE).unlink(missing_ok=True)
         try:
-            await self.workloads.stop()
+            if self._workloads is not None:
+                await self._workloads.stop()
             await self.mailbox.stop()
         finally:
             servers: list[OwnedServer] = [*([self.kafka] if self.kafka else []), self.postgres]
@@ -133,9 +141,6 @@ class System:
                 await asyncio.sleep(0.05)
         raise ServerFailed(f"not ready after {within:.0f} s, waiting for {waits_for}; see {self.folder / 'logs'}")
 
-    async def _bootstrap(self, *, administrator: bool) -> None:
-        await bootstrap(self.plan.databases["patients"], administrator=administrator)
-
     def _write_run_file(self) -> None:
         """For the other commands, and readable by their owner only: the environment holds passwords."""
         write_state(
@@ -152,6 +157,13 @@ class System:
         )
 
     # -- what tests and commands ask -----------------------------------------------------------------------------------
+
+    @property
+    def workloads(self) -> "Embedded | Processes":
+        """What runs the services and the gateway."""
+        if self._workloads is None:
+            raise RuntimeError("the system was not started")
+        return self._workloads
 
     @property
     def url(self) -> str:
@@ -197,6 +209,11 @@ class System:
         if pid is None or pid == os.getpid():
             raise ValueError(f"{name} has no process of its own")
         os.kill(pid, number)
+
+
+def _import() -> None:
+    for module in ("system.embedded", "system.processes", *(f"services.{name}.service" for name in SERVICES)):
+        importlib.import_module(module)
 
 
 async def bootstrap(patients_url: str, *, administrator: bool) -> None:

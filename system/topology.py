@@ -1,11 +1,12 @@
 """Which services exist, their ports and databases, and who calls whom: said here once; a test holds the chart's values against it."""
 
 import importlib
-import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from chassis.service import Service
+if TYPE_CHECKING:  # so that commands that only want names start at once
+    from chassis.service import Service
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,9 @@ def peers(name: str, addresses: Mapping[str, Iterable[str]]) -> dict[str, str]:
     return {called: "ipv4:" + ",".join(addresses[called]) for called in NODES[name].calls}
 
 
-def service(name: str) -> Service:
+def service(name: str) -> "Service":
     """What a service is made of: `services.<name>.service:SERVICE`. KeyError for a name that isn't one."""
     if name not in SERVICES:
         raise KeyError(name)
-    found = importlib.import_module(f"services.{name}.service").SERVICE
-    assert isinstance(found, Service)
+    found: Service = importlib.import_module(f"services.{name}.service").SERVICE
     return found

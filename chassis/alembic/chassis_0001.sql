@@ -131,6 +131,8 @@ CREATE TABLE role_permissions (
   CONSTRAINT role_permissions_pkey PRIMARY KEY (tenant_id, name)
 );
 
+ALTER TABLE outbox SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000);
+
 CREATE FUNCTION audit_guard() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
   IF TG_OP = 'UPDATE' AND OLD.seal IS NULL AND NEW.seal IS NOT NULL

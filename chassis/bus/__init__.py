@@ -117,6 +117,10 @@ class Bus(Protocol):
 
     def reader(self, group: str, topics: Sequence[str]) -> Reader: ...
 
+    async def trim(self, older_than_seconds: float, at_most: int = 100_000) -> int:
+        """Delete records older than that, where the bus doesn't do so by itself; how many went."""
+        ...
+
 
 @lru_cache(maxsize=65_536)
 def _hash(key: bytes) -> int:

@@ -111,6 +111,10 @@ class KafkaBus:
             await _close_producer(producer)
         await asyncio.gather(*self._closing, return_exceptions=True)
 
+    async def trim(self, older_than_seconds: float, at_most: int = 100_000) -> int:
+        """The broker deletes by `retention.ms` of the topic."""
+        return 0
+
     async def ensure_topics(self, topics: Iterable[str], partitions: int = PARTITIONS) -> None:
         wanted = {topic for topic in topics if topic not in self._known}
         if not wanted:
@@ -451,7 +455,8 @@ class KafkaReader:
                 heartbeat_interval_ms=int(self._bus.session * 1000 / 5),
                 # A partition that was resumed joins the next fetch only: the long poll bounds how long that takes.
                 fetch_max_wait_ms=100,
-                max_partition_fetch_bytes=1_048_576,
+                # What was fetched ahead is thrown away when its partition is paused: about one queue of ours at a time.
+                max_partition_fetch_bytes=131_072,
             )
             consumer.subscribe(self.topics, listener=_Assignment(self, consumer))
             try:

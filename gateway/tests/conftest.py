@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import grpc
 import httpx2
 import pytest
+import pytest_asyncio
 from care.batch.v1 import batch_pb2
 from google.protobuf.message import Message
 from joserfc import jwt
@@ -124,7 +126,7 @@ class World:
             "tenant": "north",
             "exp": int(time.time() + lives),
         }
-        return jwt.encode({"alg": "EdDSA", "kid": "k"}, claims, self.key, algorithms=["EdDSA"])
+        return jwt.encode({"alg": "Ed25519", "kid": "k"}, claims, self.key, algorithms=["Ed25519"])
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
@@ -133,16 +135,15 @@ class World:
 Start = Callable[..., Awaitable[World]]
 
 
-@pytest.fixture
-async def start(tmp_path: Path) -> AsyncIterator[Start]:
-    """`await start(batch_legs=False, …)`: a world with those settings."""
+@contextlib.asynccontextmanager
+async def _worlds(folder: Path) -> AsyncIterator[Start]:
     ends: list[Callable[[], Awaitable[Any]]] = []
 
     async def begin(**more: Any) -> World:
         key = OKPKey.generate_key("Ed25519", {"kid": "k"})
         own = OKPKey.generate_key("Ed25519", {"kid": "gateway"})
-        (tmp_path / "jwks.json").write_text(json.dumps(KeySet([key]).as_dict(private=False)))
-        (tmp_path / "own.json").write_text(json.dumps(own.as_dict(private=True)))
+        (folder / "jwks.json").write_text(json.dumps(KeySet([key]).as_dict(private=False)))
+        (folder / "own.json").write_text(json.dumps(own.as_dict(private=True)))
         services = {name: Backend() for name in SERVICES}
         for backend in services.values():
             await backend.start()
@@ -151,9 +152,9 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
         telemetry = Telemetry.create(
             "gateway", otlp_endpoint=None, environment="test", version="1", log_stream=log, exporter=spans
         )
-        verifier = Verifier([Issuer(issuer=ISSUER, jwks_file=tmp_path / "jwks.json", tenants={"north": TENANT})])
+        verifier = Verifier([Issuer(issuer=ISSUER, jwks_file=folder / "jwks.json", tenants={"north": TENANT})])
         peers = {name: f"ipv4:127.0.0.1:{backend.port}" for name, backend in services.items()}
-        clients = Clients(peers, Credential("gateway", tmp_path / "own.json"), telemetry)
+        clients = Clients(peers, Credential("gateway", folder / "own.json"), telemetry)
         settings = GatewaySettings(port=0, **more)
         gateway = GatewayServer(create_app(settings, verifier, clients, telemetry, version="1"))
         await gateway.start()
@@ -169,6 +170,26 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
 
 
 @pytest.fixture
-async def world(start: Start) -> World:
-    """A world with the shipped settings."""
-    return await start()
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """`await start(batch_legs=False, …)`: a world of this test's own, which it may break."""
+    async with _worlds(tmp_path) as begin:
+        yield begin
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def standing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    async with _worlds(tmp_path_factory.mktemp("gateway")) as begin:
+        yield await begin()
+
+
+@pytest.fixture
+def world(standing: World) -> World:
+    """The world with the shipped settings that tests share; servers are not to be stopped."""
+    for backend in standing.services.values():
+        backend.answers.clear()
+        backend.seen.clear()
+    standing.spans.clear()
+    standing.log.seek(0)
+    standing.log.truncate()
+    standing.http.headers["authorization"] = f"Bearer {standing.token()}"
+    return standing

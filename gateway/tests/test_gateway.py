@@ -8,7 +8,16 @@ import pytest
 from care.patients.v1 import patients_pb2
 from care.scheduling.v1 import appointments_pb2
 
-from chassis.errors import Aborted, AlreadyExists, FailedPrecondition, Invalid, NotFound, Problem, Unavailable
+from chassis.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    Invalid,
+    NotFound,
+    Problem,
+    ResourceExhausted,
+    Unavailable,
+)
 from gateway.tests.conftest import TENANT, Start, World
 
 ID = "0198c5a2-6f00-7b3d-8a51-3f4c2d9e7a10"
@@ -78,32 +87,32 @@ async def test_the_services_never_see_a_request_without_a_good_token(world: Worl
     assert world.services["patients"].seen == []
 
 
-@pytest.mark.parametrize(
-    ("problem", "headers", "status"),
-    [
-        (NotFound(), {}, 404),
-        (Invalid("FIELD_INVALID", "x", field="patient.birth_date"), {}, 400),
-        (Aborted("ETAG_MISMATCH", "x"), {"if-match": '"1"'}, 412),
-        (Aborted("ETAG_MISMATCH", "x"), {}, 409),
-        (Aborted("IN_PROGRESS", "x"), {}, 409),
-        (FailedPrecondition("ILLEGAL_TRANSITION", "x"), {}, 409),
-        (AlreadyExists("SLOT_TAKEN", "x"), {}, 409),
-        (Invalid("IDEMPOTENCY_KEY_REUSED", "x"), {}, 422),
-        (FailedPrecondition("TOO_EARLY", "x"), {}, 400),
-        (Unavailable("DATABASE_UNAVAILABLE", "x"), {}, 503),
-    ],
-)
-async def test_problems_of_services_become_http_by_one_table(
-    start: Start, problem: Problem, headers: dict[str, str], status: int
-) -> None:
+PROBLEMS: list[tuple[Problem, dict[str, str], int]] = [
+    (NotFound(), {}, 404),
+    (Invalid("FIELD_INVALID", "x", field="patient.birth_date"), {}, 400),
+    (Aborted("ETAG_MISMATCH", "x"), {"if-match": '"1"'}, 412),
+    (Aborted("ETAG_MISMATCH", "x"), {}, 409),
+    (Aborted("IN_PROGRESS", "x"), {}, 409),
+    (FailedPrecondition("ILLEGAL_TRANSITION", "x"), {}, 409),
+    (AlreadyExists("SLOT_TAKEN", "x"), {}, 409),
+    (Invalid("IDEMPOTENCY_KEY_REUSED", "x"), {}, 422),
+    (FailedPrecondition("TOO_EARLY", "x"), {}, 400),
+    (ResourceExhausted("OVERLOADED", "x"), {}, 429),
+    (Unavailable("DATABASE_UNAVAILABLE", "x"), {}, 503),
+]
+
+
+async def test_problems_of_services_become_http_by_one_table(start: Start) -> None:
     world = await start()
-    world.services["scheduling"].answers[CANCEL] = raising(problem)
-    answer = await world.http.post(f"/v1/appointments/{ID}:cancel", json={"reason": {"code": "pat"}}, headers=headers)
-    assert (answer.status_code, reason_of(answer)) == (status, problem.reason)
-    assert answer.json()["error"]["status"] == problem.code.name
-    assert ("retry-after" in answer.headers) == (status == 503 or problem.reason == "IN_PROGRESS")
-    if problem.reason == "FIELD_INVALID":
-        assert answer.json()["error"]["details"][0]["metadata"] == {"field": "patient.birthDate"}
+    for problem, headers, status in PROBLEMS:
+        world.services["scheduling"].answers[CANCEL] = raising(problem)
+        path = f"/v1/appointments/{ID}:cancel"
+        answer = await world.http.post(path, json={"reason": {"code": "pat"}}, headers=headers)
+        assert (answer.status_code, reason_of(answer)) == (status, problem.reason)
+        assert answer.json()["error"]["status"] == problem.code.name
+        assert ("retry-after" in answer.headers) == (status in (429, 503) or problem.reason == "IN_PROGRESS")
+        if problem.reason == "FIELD_INVALID":
+            assert answer.json()["error"]["details"][0]["metadata"] == {"field": "patient.birthDate"}
 
 
 async def test_unknown_paths_and_wrong_methods_answer_in_the_same_form(world: World) -> None:
@@ -158,7 +167,8 @@ async def test_the_colon_of_a_custom_method_may_be_encoded(world: World) -> None
     assert len(world.services["scheduling"].seen) == 3
 
 
-async def test_a_service_that_is_away_is_503_and_its_address_stays_here(world: World) -> None:
+async def test_a_service_that_is_away_is_503_and_its_address_stays_here(start: Start) -> None:
+    world = await start()
     backend = world.services["scheduling"]
     await backend.server.stop(0)
     answer = await world.http.get(f"/v1/appointments/{ID}")
@@ -199,7 +209,8 @@ async def test_a_defect_of_a_service_says_nothing_of_itself(world: World) -> Non
     assert "A-20417" not in answer.text + world.log.getvalue()
 
 
-async def test_logs_spans_and_metrics_name_the_route_and_never_the_path(world: World) -> None:
+async def test_logs_spans_and_metrics_name_the_route_and_never_the_path(start: Start) -> None:
+    world = await start()
     await world.http.get(f"/v1/patients/{ID}", params=None)
     await world.http.get("/v1/appointments", params={"patientIds": ID})
     await world.http.get("/v1/Maria%20Rivera")
@@ -234,7 +245,8 @@ async def test_one_request_is_one_trace_with_the_callers_parent(world: World) ->
     assert world.lines()[-1]["trace_id"] == trace
 
 
-async def test_ready_when_all_services_were_there_and_not_while_draining(world: World) -> None:
+async def test_ready_when_all_services_were_there_and_not_while_draining(start: Start) -> None:
+    world = await start()
     for _ in range(100):
         answer = await world.http.get("/readyz")
         if answer.status_code == 200:
@@ -260,7 +272,8 @@ async def test_not_ready_before_every_service_was_there_once(start: Start) -> No
     raise AssertionError("ready without feedback")
 
 
-async def test_a_stop_lets_the_request_under_way_finish(world: World) -> None:
+async def test_a_stop_lets_the_request_under_way_finish(start: Start) -> None:
+    world = await start()
     entered = asyncio.Event()
 
     async def slow(request: Any, metadata: dict[str, str]) -> Any:
@@ -277,7 +290,8 @@ async def test_a_stop_lets_the_request_under_way_finish(world: World) -> None:
         await httpx2.AsyncClient().get(f"http://127.0.0.1:{world.gateway.port}/healthz")
 
 
-async def test_writes_are_tried_again_while_a_service_restarts(world: World) -> None:
+async def test_writes_are_tried_again_while_a_service_restarts(start: Start) -> None:
+    world = await start()
     tries: list[str] = []
 
     async def flaky(request: Any, metadata: dict[str, str]) -> Any:

@@ -151,7 +151,8 @@ async def test_without_the_patient_there_is_no_summary(
     assert (answer.status_code, answer.json()["error"]["details"][0]["reason"]) == (status, reason)
 
 
-async def test_without_patients_the_summary_is_503(world: World) -> None:
+async def test_without_patients_the_summary_is_503(start: Start) -> None:
+    world = await start()
     furnish(world)
     await world.services["patients"].server.stop(0)
     assert (await world.http.get(PATH)).status_code == 503
@@ -214,7 +215,8 @@ async def test_a_slow_batch_does_not_hold_up_the_next(start: Start) -> None:
     assert [(await each).status_code for each in slow] == [200, 200, 200]
 
 
-async def test_accesses_of_all_services_come_latest_first_and_say_who_is_away(world: World) -> None:
+async def test_accesses_of_all_services_come_latest_first_and_say_who_is_away(start: Start) -> None:
+    world = await start()
     for number, name in enumerate(SERVICES):
 
         async def accesses(request: Any, metadata: dict[str, str], name: str = name, number: int = number) -> Any:
@@ -233,7 +235,8 @@ async def test_accesses_of_all_services_come_latest_first_and_say_who_is_away(wo
     assert answer["degraded"] == ["feedback"]
 
 
-async def test_accesses_of_a_hidden_patient_are_not_found(world: World) -> None:
+async def test_accesses_of_a_hidden_patient_are_not_found(start: Start) -> None:
+    world = await start()
     for name in SERVICES:
         world.services[name].answers["care.audit.v1.AuditService/ListAccesses"] = raising(NotFound())
     assert (await world.http.get(f"/v1/patients/{ID}/accesses")).status_code == 404

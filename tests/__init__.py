@@ -1,0 +1,1 @@
+"""Contract tests over all services, and the whole at work."""

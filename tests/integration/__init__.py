@@ -1,0 +1,1 @@
+"""The whole system at work: journeys, failures, traces."""
