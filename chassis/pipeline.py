@@ -386,9 +386,8 @@ class Pipeline:
                     time_remaining=context.time_remaining,
                 )
             except Problem as problem:
-                # grpc's own abort would log; the caller is answered by status alone.
                 await _refuse(context, problem)
-                return method.response()
+                raise AssertionError from None  # abort() does not return
 
         return serve
 
@@ -407,9 +406,10 @@ class Pipeline:
 
 async def _refuse(context: Any, problem: Problem) -> None:
     status: status_pb2.Status = to_status(problem)
-    context.set_code(problem.code)
-    context.set_details(problem.message)
-    context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+    # Not set_code and an empty answer: that commits the response, and the client's retry policy would never apply.
+    await context.abort(
+        problem.code, problem.message, (("grpc-status-details-bin", status.SerializeToString()),)
+    )
 
 
 def credentials_from(metadata: Any) -> Credentials:

@@ -1,6 +1,9 @@
 """What may be set of the gateway, beside what all services share (`CARE_…`)."""
 
-from pydantic import Field
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
 
 from chassis.settings import Settings
 
@@ -21,3 +24,10 @@ class GatewaySettings(Settings):
     """From then on one reachable service is enough to be ready, since aggregates degrade."""
     drain_delay: float = 0.0
     """How long requests are still taken after /readyz said no: the time in which a load balancer notices."""
+    allowed_origins: Annotated[list[str], NoDecode] = []
+    """Origins of browser applications that may call; `https://a.example,https://b.example` in the environment."""
+
+    @field_validator("allowed_origins", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [each.strip() for each in value.split(",") if each.strip()] if isinstance(value, str) else value

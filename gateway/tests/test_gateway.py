@@ -18,6 +18,7 @@ from chassis.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from gateway.settings import GatewaySettings
 from gateway.tests.conftest import TENANT, Start, World
 
 ID = "0198c5a2-6f00-7b3d-8a51-3f4c2d9e7a10"
@@ -346,3 +347,12 @@ async def test_a_request_that_nobody_waits_for_any_more_costs_nothing(world: Wor
     writer.close()
     await asyncio.sleep(0.1)
     assert world.services["scheduling"].seen == []
+
+
+def test_the_shipped_settings_are_those_of_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = GatewaySettings()
+    assert (shipped.request_timeout, shipped.leg_timeout, shipped.body_limit) == (10.0, 0.8, 1 << 20)
+    assert shipped.batch_legs
+    assert shipped.allowed_origins == []
+    monkeypatch.setenv("CARE_ALLOWED_ORIGINS", "https://a.example, https://b.example")
+    assert GatewaySettings().allowed_origins == ["https://a.example", "https://b.example"]

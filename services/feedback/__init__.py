@@ -1,1 +1,1 @@
-"""Feedback: surveys, scores and what follows from them."""
+"""The feedback service: what patients say of their visits, and what must follow from it."""

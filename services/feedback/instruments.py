@@ -136,3 +136,41 @@ CSAT: Definition = {
 }
 
 INSTRUMENTS = {definition["code"]: definition for definition in (PHQ_2, PHQ_9, GAD_7, NPS, CSAT)}
+
+
+def as_questionnaire(code: str) -> Definition:
+    """A shipped instrument in the form of `care.feedback.v1.Questionnaire`, English, sent only where asked for.
+
+    PHQ-9 has no `crisis_help` yet: which help a health system offers is for it to say.
+    """
+    definition = INSTRUMENTS[code]
+    rules = definition["scoring"]
+    bad = rules["bad"]
+    return {
+        "name": code,
+        "number": 1,
+        "title": {"en": definition["title"]},
+        "items": [_item(item, rules) for item in definition["items"]],
+        "scoring": {
+            "method": code,
+            "link_ids": list(rules["items"]),
+            "bad_at": bad.get("at_least", bad.get("at_most")),
+        },
+    }
+
+
+def _item(item: Definition, rules: Definition) -> Definition:
+    built = {
+        "link_id": item["link_id"],
+        "text": {"en": item["text"]},
+        "kind": {"choice": "CHOICE", "integer": "SCALE", "text": "TEXT"}[item["type"]],
+        "required": item["type"] == "integer",
+    }
+    if item["type"] == "choice":
+        built["options"] = [{"value": option["score"], "text": {"en": option["text"]}} for option in item["options"]]
+    elif item["type"] == "integer":
+        built["options"] = [{"value": rules["minimum"]}, {"value": rules["maximum"]}]
+    for rule in rules.get("critical", ()):
+        if rule["link_id"] == item["link_id"]:
+            built["critical_from"] = rule["above"] + 1
+    return built

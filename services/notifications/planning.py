@@ -25,11 +25,11 @@ class Offset:
 
 # Two reminders beat one (AJMC 2018, n = 54,066: 4.4 % missed against 5.8 % and 5.3 %).
 DEFAULT_POLICY = (
-    Offset("at_booking", "at_booking"),
-    Offset("3_days", "days_before", 3),
-    Offset("1_day", "days_before", 1),
+    Offset("booked", "at_booking"),
+    Offset("3d", "days_before", 3),
+    Offset("1d", "days_before", 1),
 )
-TWO_HOURS = Offset("2_hours", "minutes_before", 120)
+TWO_HOURS = Offset("2h", "minutes_before", 120)
 
 
 class Planned(NamedTuple):

@@ -1,47 +1,70 @@
 """What must stand before anybody can call: a tenant's roles, and its first administrator."""
 
-from chassis.ids import new_id
-from chassis.model import Act
-from sqlalchemy import select, text
-from sqlalchemy.ext.asyncio import AsyncSession
+from care.access.v1 import access_pb2
+from sqlalchemy import select
 
+from chassis import access
+from chassis.database import Database, Telling
+from chassis.ids import new_id
+from chassis.settings import Settings
+from chassis.telemetry import Telemetry
+from chassis.wire import to_proto
 from services.patients.roles import SHIPPED
+from services.patients.service import SERVICE
 from services.patients.staff import Role, Staff
 
 
-async def shipped_roles(db: AsyncSession, tenant_id: str) -> list[Role]:
-    """Add the roles that the tenant doesn't have; answers the new ones."""
-    known = set((await db.execute(select(Role.name).where(Role.tenant_id == tenant_id))).scalars())
-    added = []
-    for name, permissions in SHIPPED.items():
-        if name not in known:
-            role = Role(tenant_id=tenant_id, id=new_id(), name=name)
-            role.change(sorted(permissions))
-            db.add(role)
-            added.append(role)
-    return added
+async def bootstrap(
+    database_url: str,
+    *,
+    tenant_id: str,
+    issuer: str,
+    subject: str = "",
+    given_name: str = "",
+    family_name: str = "",
+) -> None:
+    """Write the shipped roles that a tenant lacks and, with a `subject`, an administrator with that sign-in.
 
-
-async def first_administrator(
-    db: AsyncSession, tenant_id: str, *, issuer: str, subject: str, given_name: str, family_name: str
-) -> Staff | None:
-    """Make the first administrator; None where that login exists."""
-    known = await db.execute(
-        select(Staff.id).where(Staff.tenant_id == tenant_id, Staff.issuer == issuer, Staff.subject == subject)
-    )
-    if known.first() is not None:
-        return None
-    staff = Staff(tenant_id=tenant_id, id=new_id())
-    staff.change(
-        issuer=issuer,
-        subject=subject,
-        name={"family_name": family_name, "given_names": [given_name]},
-        roles=["admin"],
-    )
-    db.add(staff)
-    return staff
-
-
-async def act(db: AsyncSession) -> Act:
-    """Who bootstraps."""
-    return Act("system:patients", (await db.execute(text("SELECT clock_timestamp()"))).scalar_one())
+    Goes to the database itself, since before this nobody may call. Doing it again changes nothing.
+    """
+    telemetry = Telemetry.create(SERVICE.name, otlp_endpoint=None, environment="bootstrap", version="0")
+    settings = Settings(database_url=database_url, pool_size=1)
+    database = Database(settings, telemetry, Telling(SERVICE.name, SERVICE.payloads))
+    tables = SERVICE.base.metadata.info["chassis"].access
+    try:
+        async with database.acting("system:patients") as db:
+            known = set((await db.execute(select(Role.name).where(Role.tenant_id == tenant_id))).scalars())
+            roles = [
+                Role(tenant_id=tenant_id, id=new_id(), name=name, permissions=sorted(permissions))
+                for name, permissions in SHIPPED.items()
+                if name not in known
+            ]
+            for role in roles:
+                role.tell("changed")
+            db.add_all(roles)
+            await db.flush()
+            for role in roles:
+                await access.store_role(db, tables, to_proto(role, access_pb2.RoleState))
+            if not subject:
+                return
+            taken = await db.execute(
+                select(Staff.id).where(Staff.tenant_id == tenant_id, Staff.issuer == issuer, Staff.subject == subject)
+            )
+            if taken.first() is not None:
+                return
+            staff = Staff(tenant_id=tenant_id, id=new_id())
+            staff.change(
+                issuer=issuer,
+                subject=subject,
+                name={"family_name": family_name, "given_names": [given_name]},
+                roles=["admin"],
+                active=True,
+                clinic_ids=[],
+                clearances=[],
+            )
+            db.add(staff)
+            await db.flush()
+            await access.store_principal(db, tables, to_proto(staff, access_pb2.PrincipalState, **staff.principal))
+    finally:
+        await database.stop()
+        await telemetry.shutdown(timeout=1)

@@ -64,12 +64,14 @@ class Consent(Living, Base):
     recorder: Mapped[str] = mapped_column(Text, default="")
     end_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
     end_reason: Mapped[str] = mapped_column(Text, default="")
+    end_evidence: Mapped[str] = mapped_column(Text, default="")
 
-    def end(self, reason: str, now: datetime) -> None:
-        """End it: "revoked", "replaced" or "contact-changed"."""
+    def end(self, reason: str, now: datetime, evidence: str = "") -> None:
+        """End it: "revoked", "replaced" or "contact-changed"; `evidence` says where the proof of the wish is."""
         self.move("revoke" if reason == "revoked" else "replace", reason_code=reason)
         self.end_time = now
         self.end_reason = reason
+        self.end_evidence = evidence
 
     def covers(self, purpose: str) -> bool:
         """Whether a message of this purpose may rest on it; "care" covers all that isn't marketing."""
@@ -105,7 +107,7 @@ def recipient_of(
     The value with the best rank whose consent covers the purpose wins.
     """
     who = person if kind == "RelatedPerson" else patient
-    if patient is None or who is None:
+    if patient is None or who is None or (isinstance(who, RelatedPerson) and who.patient_id != patient.id):
         return {"refusal": "not-found"}
     if patient.deceased:
         return {"refusal": "deceased"}

@@ -1,5 +1,228 @@
-"""What patients does on others' events."""
+"""What patients does on events: the timeline, relations to clinics, and tasks that come and go with their cause."""
+
+from datetime import UTC
+from typing import Any
+
+from care.events.v1.envelope_pb2 import Event
+from care.feedback.v1 import events_pb2 as feedback
+from care.notifications.v1 import events_pb2 as notifications
+from care.patients.v1 import events_pb2 as own
+from care.referrals.v1 import events_pb2 as referrals
+from care.scheduling.v1 import directory_pb2
+from care.scheduling.v1 import events_pb2 as scheduling
+from google.protobuf.message import Message
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from chassis.reactions import Reactions
+from services.patients import timeline
+from services.patients.due_times import due, keep_clinic
+from services.patients.patient import Patient, relate, tell_access
+from services.patients.task import OPEN, Task, open_task
 
 reactions = Reactions()
+
+# What goes on the timeline. Holds don't: they are no promise yet, and most of them end by themselves.
+_TIMELINE: dict[type[Message], tuple[str, ...]] = {
+    scheduling.AppointmentEvent: (
+        "appointment.booked",
+        "appointment.rescheduled",
+        "appointment.confirmed",
+        "appointment.arrived",
+        "appointment.checked_in",
+        "appointment.fulfilled",
+        "appointment.noshow",
+        "appointment.cancelled",
+        "appointment.reverted",
+        "appointment.entered_in_error",
+    ),
+    referrals.ReferralEvent: (
+        "referral.created",
+        "referral.submitted",
+        "referral.accepted",
+        "referral.declined",
+        "referral.scheduled",
+        "referral.unattended",
+        "referral.seen",
+        "referral.report_received",
+        "referral.report_acknowledged",
+        "referral.patient_informed",
+        "referral.closed",
+        "referral.cancelled",
+        "referral.overdue",
+    ),
+    notifications.MessageEvent: ("message.sent", "message.failed", "message.suppressed", "message.unknown"),
+    feedback.SurveyEvent: ("survey.invited", "survey.completed"),
+    feedback.ResponseEvent: ("response.low_score", "response.critical"),
+    # Its own too, from its own topic: one way in for all, and an entry is never without its event.
+    own.TaskEvent: (
+        "task.created",
+        "task.assigned",
+        "task.claimed",
+        "task.released",
+        "task.snoozed",
+        "task.completed",
+        "task.cancelled",
+    ),
+    own.ContactEvent: ("contact.recorded",),
+    own.ConsentEvent: ("consent.created", "consent.revoked"),
+    own.PatientEvent: ("patient.registered", "patient.deceased"),
+}
+
+
+async def _on_timeline(payload: Any, event: Event, db: AsyncSession) -> None:
+    await timeline.put(db, event, payload)
+
+
+# First, so that the others of the same event see by the timeline whether it is the latest.
+for _payload, _types in _TIMELINE.items():
+    reactions.on(*_types, payload=_payload)(_on_timeline)
+
+
+@reactions.on("clinic.changed", payload=directory_pb2.Clinic)
+async def keep_calendar(clinic: directory_pb2.Clinic, event: Event, db: AsyncSession) -> None:
+    """By full state and version: any order gives the same."""
+    await keep_clinic(db, event.tenant_id, clinic, event.version)
+
+
+@reactions.on("appointment.booked", "appointment.rescheduled", payload=scheduling.AppointmentEvent)
+async def relate_by_appointment(appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
+    """Where a visit is promised, its clinic sees the patient. Relations are only added: any order gives the same."""
+    await _relate(db, event, appointment.clinic_id, "appointment")
+
+
+@reactions.on("referral.submitted", payload=referrals.ReferralEvent)
+async def relate_by_referral(referral: referrals.ReferralEvent, event: Event, db: AsyncSession) -> None:
+    """The clinic that refers sees the patient."""
+    await _relate(db, event, referral.clinic_id, "referral")
+
+
+@reactions.on("appointment.noshow", payload=scheduling.AppointmentEvent)
+async def rebook_no_show(appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
+    """A missed visit asks for another one, unless the appointment has moved on from NOSHOW since."""
+    await _patient(db, event)
+    if not await timeline.is_outdated(db, event):
+        # The appointment's version is the episode: missed again after a revert is another one.
+        await _open(
+            db,
+            event,
+            "rebook-no-show",
+            "Appointment",
+            clinic_id=appointment.clinic_id,
+            episode=str(event.version),
+            reason_code=appointment.reason_code,
+        )
+
+
+@reactions.on(
+    "appointment.reverted", "appointment.arrived", "appointment.entered_in_error", payload=scheduling.AppointmentEvent
+)
+async def forget_no_show(appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
+    """It was no no-show: the task of an earlier version is no longer needed, that of a later one is."""
+    if appointment.previous_status == "NOSHOW":
+        await _patient(db, event)
+        await _cancel(db, event, "rebook-no-show", event.type.partition(".")[2].replace("_", "-"))
+
+
+@reactions.on("response.critical", payload=feedback.ResponseEvent)
+async def answer_critical(response: feedback.ResponseEvent, event: Event, db: AsyncSession) -> None:
+    """Somebody must look now."""
+    await _open(
+        db,
+        event,
+        "critical-answer",
+        "QuestionnaireResponse",
+        clinic_id=response.clinic_id,
+        purpose="urgent",
+        priority="STAT",
+    )
+
+
+@reactions.on("response.low_score", payload=feedback.ResponseEvent)
+async def answer_low_score(response: feedback.ResponseEvent, event: Event, db: AsyncSession) -> None:
+    """Somebody calls and asks what went wrong."""
+    await _open(db, event, "low-score", "QuestionnaireResponse", clinic_id=response.clinic_id)
+
+
+@reactions.on("message.failed", "message.unknown", payload=notifications.MessageEvent)
+async def reach_otherwise(message: notifications.MessageEvent, event: Event, db: AsyncSession) -> None:
+    """A message that did not arrive, or perhaps not: a person finds out, once per message."""
+    if not await timeline.is_outdated(db, event):
+        await _open(
+            db,
+            event,
+            "undelivered-message",
+            "Message",
+            clinic_id=message.clinic_id,
+            reason_code=message.reason_code,
+        )
+
+
+@reactions.on("message.sent", payload=notifications.MessageEvent)
+async def reached_after_all(_message: notifications.MessageEvent, event: Event, db: AsyncSession) -> None:
+    """What was unknown turned out to have been sent."""
+    await _cancel(db, event, "undelivered-message", "sent")
+
+
+async def _patient(db: AsyncSession, event: Event) -> Patient | None:
+    """The patient's row, locked: reactions to one patient's visits go one after the other, replays too."""
+    query = select(Patient).where(Patient.tenant_id == event.tenant_id, Patient.id == event.patient_id)
+    return (await db.execute(query.with_for_update(key_share=True))).scalar_one_or_none()
+
+
+async def _relate(db: AsyncSession, event: Event, clinic_id: str, reason: str) -> None:
+    patient = await _patient(db, event)
+    if patient is None or not clinic_id:
+        return
+    sees_already = clinic_id in patient.clinic_ids
+    if await relate(db, patient, [clinic_id], reason) and not sees_already:
+        await tell_access(db, patient)
+
+
+async def _open(
+    db: AsyncSession,
+    event: Event,
+    code: str,
+    source: str,
+    *,
+    clinic_id: str,
+    purpose: str = "coordination",
+    priority: str = "ROUTINE",
+    episode: str = "",
+    reason_code: str = "",
+) -> None:
+    # From the event's own time: what is heard late isn't due later.
+    until = await due(db, event.tenant_id, code, clinic_id or None, event.time.ToDatetime(tzinfo=UTC))
+    await open_task(
+        db,
+        tenant_id=event.tenant_id,
+        patient_id=event.patient_id,
+        code=code,
+        source=(source, event.aggregate_id),
+        episode=episode,
+        purpose=purpose,
+        priority=priority,
+        clinic_id=clinic_id or None,
+        due_time=until.time,
+        due_basis=until.basis,
+        reason_code=reason_code,
+        labels=list(event.security_labels),
+    )
+
+
+async def _cancel(db: AsyncSession, event: Event, code: str, reason_code: str) -> None:
+    """Cancel what earlier versions of the aggregate opened."""
+    found = await db.execute(
+        select(Task)
+        .where(
+            Task.tenant_id == event.tenant_id,
+            Task.code == code,
+            Task.source_id == event.aggregate_id,
+            Task.status.in_(OPEN),
+        )
+        .with_for_update(of=Task, key_share=True)
+    )
+    for task in found.scalars():
+        # An episode that is no version was made by hand: a person ends it.
+        if not task.episode or (task.episode.isdigit() and int(task.episode) < event.version):
+            task.move("cancel", reason_code=reason_code)

@@ -45,7 +45,8 @@ SERVICE = Service(
         "task": events_pb2.TaskEvent,
     },
     reactions=reactions,
-    hears=("scheduling", "referrals", "notifications", "feedback"),
+    # Its own topic too: the timeline has one way in for all services' events.
+    hears=("scheduling", "referrals", "notifications", "feedback", "patients"),
     loops=(Loop("heartbeat", beat, every=5.0),),
     reasons={
         "staff_login_key": (AlreadyExists, "LOGIN_TAKEN", "This issuer's subject belongs to somebody else."),

@@ -13,6 +13,7 @@ from sqlalchemy import and_, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 
 from services.patients.consent import Consent, end_consents, recipient_of
+from services.patients.due_times import due
 from services.patients.names import digits, fold, phonetic
 from services.patients.patient import BrokenGlass, Patient, PatientIdentifier, RelatedPerson, relate, tell_access
 from services.patients.task import open_task
@@ -305,10 +306,32 @@ async def _change(call: Call, patient: Patient, values: dict) -> bool:
         await _claim_identifiers(call, patient, refuse=True)
     if gone:
         await end_consents(call.db, patient, gone)
+    if patient.deceased and not before.get("deceased", True):
+        await _review_deceased(call, patient)
     patient.tell("updated")
     if patient.record_labels != was_labels:
         await tell_access(call.db, patient)
     return True
+
+
+async def _review_deceased(call: Call, patient: Patient) -> None:
+    """Somebody looks after what is open: equipment, family, referrals."""
+    clinic = patient.clinic_ids[0] if patient.clinic_ids else None
+    until = await due(call.db, call.tenant_id, "deceased-review", clinic, call.now)
+    await open_task(
+        call.db,
+        tenant_id=call.tenant_id,
+        patient_id=patient.id,
+        code="deceased-review",
+        source=("Patient", patient.id),
+        # Marked by mistake, corrected and marked again is another episode.
+        episode=str(patient.version),
+        purpose="coordination",
+        due_time=until.time,
+        due_basis=until.basis,
+        clinic_id=clinic,
+        labels=patient.security_labels,
+    )
 
 
 async def tell_access_of_new(call: Call, patient: Patient, clinic_ids: list[str], reason: str) -> None:
@@ -394,7 +417,7 @@ async def _like_existing(call: Call, patient: Patient, *, refuse: bool) -> list[
 
 async def _readable(call: Call, ids: list[str]) -> set[str]:
     table = call.runtime.access.tables.subject
-    conditions = call.runtime.access.conditions(call.caller, "patients.read", confirmed=True)
+    conditions = call.runtime.access.conditions(call.caller, "patients.read", ids)
     rows = await call.db.execute(
         select(table.c.patient_id).where(
             table.c.tenant_id == call.tenant_id, table.c.patient_id.in_(ids), visible(None, conditions)

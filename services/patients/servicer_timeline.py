@@ -1,11 +1,65 @@
 """The timeline and the contacts over gRPC."""
 
+from datetime import timedelta
+
+from care.patients.v1 import timeline_pb2 as pb
 from care.patients.v1.timeline_pb2_grpc import ContactsServiceServicer, TimelineServiceServicer
+
+from chassis.call import Call
+from chassis.errors import Invalid
+from chassis.ids import new_id
+from chassis.wire import OUTPUT_ONLY, given, to_proto
+from services.patients.contact import Contact
+from services.patients.task import Task
+from services.patients.timeline import TimelineEntry
+
+_CLOCKS_DIFFER = timedelta(minutes=5)
 
 
 class TimelineServicer(TimelineServiceServicer):
-    """Under construction."""
+    """What happened to a patient."""
+
+    async def ListTimelineEntries(
+        self, request: pb.ListTimelineEntriesRequest, call: Call
+    ) -> pb.ListTimelineEntriesResponse:
+        await call.subject(request.patient_id)
+        query = call.select(TimelineEntry).where(TimelineEntry.patient_id == request.patient_id)
+        if request.types:
+            query = query.where(TimelineEntry.type.in_(list(request.types)))
+        rows, following = await call.page(query, request, TimelineEntry.time, TimelineEntry.id, descending=True)
+        return pb.ListTimelineEntriesResponse(
+            entries=[to_proto(row, pb.TimelineEntry) for row in rows], next_page_token=following
+        )
 
 
 class ContactsServicer(ContactsServiceServicer):
-    """Under construction."""
+    """Contacts and attempts."""
+
+    async def CreateContact(self, request: pb.CreateContactRequest, call: Call) -> pb.Contact:
+        values = given(request.contact, read_only=OUTPUT_ONLY | {"recorder"})
+        await call.subject(values["patient_id"])
+        took_place = values.pop("contact_time", call.now)
+        if took_place > call.now + _CLOCKS_DIFFER:
+            raise Invalid("CONTACT_TIME_AHEAD", "A contact can't lie ahead.", field="contact.contact_time")
+        labels: list[str] = []
+        if "task_id" in values:
+            query = call.select(Task).where(Task.id == values["task_id"], Task.patient_id == values["patient_id"])
+            task = (await call.db.execute(query)).scalar_one_or_none()
+            if task is None:
+                raise Invalid("TASK_UNKNOWN", "This patient has no such task.", field="contact.task_id")
+            labels = list(task.security_labels)
+        contact = Contact(id=new_id(), contact_time=took_place, recorder=call.actor, security_labels=labels, **values)
+        contact.tell("recorded")
+        await call.add(contact)
+        await call.db.flush()
+        return to_proto(contact, pb.Contact)
+
+    async def ListContacts(self, request: pb.ListContactsRequest, call: Call) -> pb.ListContactsResponse:
+        await call.subject(request.patient_id)
+        query = call.select(Contact).where(Contact.patient_id == request.patient_id)
+        if request.task_id:
+            query = query.where(Contact.task_id == request.task_id)
+        if request.referral_id:
+            query = query.where(Contact.referral_id == request.referral_id)
+        rows, following = await call.page(query, request, Contact.contact_time, Contact.id, descending=True)
+        return pb.ListContactsResponse(contacts=[to_proto(row, pb.Contact) for row in rows], next_page_token=following)

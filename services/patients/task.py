@@ -26,7 +26,8 @@ class Status(enum.StrEnum):
     CANCELLED = "CANCELLED"
 
 
-_OPEN = [Status.READY, Status.IN_PROGRESS]
+OPEN = [Status.READY, Status.IN_PROGRESS]
+"""Statuses in which somebody must still act."""
 
 
 class Task(Living, Base):
@@ -44,19 +45,27 @@ class Task(Living, Base):
             "id",
             postgresql_where=text("status IN ('READY', 'IN_PROGRESS')"),
         ),
-        Index("task_by_owner", "tenant_id", "owner_id", "due_time", "id"),
+        # Open ones only: what an owner has done over the years would be read and passed over each time.
+        Index(
+            "task_by_owner",
+            "tenant_id",
+            "owner_id",
+            "due_time",
+            "id",
+            postgresql_where=text("status IN ('READY', 'IN_PROGRESS')"),
+        ),
         Index("task_by_patient", "tenant_id", "patient_id", "due_time", "id"),
     )
     aggregate = "task"
     lifecycle = Lifecycle(
         ("create", [], Status.READY, "created"),
-        ("assign", _OPEN, Status.READY, "assigned"),
+        ("assign", OPEN, Status.READY, "assigned"),
         ("claim", [Status.READY], Status.IN_PROGRESS, "claimed"),
         ("release", [Status.IN_PROGRESS], Status.READY, "released"),
         ("snooze", [Status.READY], Status.READY, "snoozed"),
         ("snooze", [Status.IN_PROGRESS], Status.IN_PROGRESS, "snoozed"),
-        ("complete", _OPEN, Status.COMPLETED, "completed"),
-        ("cancel", _OPEN, Status.CANCELLED, "cancelled"),
+        ("complete", OPEN, Status.COMPLETED, "completed"),
+        ("cancel", OPEN, Status.CANCELLED, "cancelled"),
     )
 
     patient_id: Mapped[str] = mapped_column(Id)
@@ -143,8 +152,11 @@ async def open_task(
     clinic_id: str | None = None,
     reason_code: str = "",
     note: str = "",
+    labels: list[str] | None = None,
 ) -> Task | None:
-    """A task of the pool with this `purpose`, or None where the same one (code, source, episode) was made before.
+    """A task of the pool with this `purpose`, under the labels of its cause.
+
+    None where the same one (code, source, episode) was made before.
 
     Raises FailedPrecondition `NO_POOL` where the tenant has no such pool: a task must have an owner.
     """
@@ -174,6 +186,7 @@ async def open_task(
         due_basis=due_basis,
         reason_code=reason_code,
         note=note,
+        security_labels=labels or [],
     )
     task.own("Pool", pool.id)
     task.move("create", reason_code=reason_code)

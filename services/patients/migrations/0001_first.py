@@ -16,6 +16,16 @@ def upgrade() -> None:
     for statement in chassis_schema("0001"):
         op.get_bind().exec_driver_sql(statement)
     op.create_table(
+        "clinic_calendar",
+        sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("version", sa.BigInteger(), nullable=False),
+        sa.Column("time_zone", sa.Text(), nullable=False),
+        sa.Column("holiday_region", sa.Text(), nullable=False),
+        sa.Column("closed_dates", postgresql.ARRAY(sa.Text()), nullable=False),
+        sa.PrimaryKeyConstraint("tenant_id", "id", name=op.f("clinic_calendar_pkey")),
+    )
+    op.create_table(
         "login",
         sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),
         sa.Column("id", sa.Uuid(as_uuid=False), nullable=False),
@@ -222,6 +232,7 @@ def upgrade() -> None:
         sa.Column("recorder", sa.Text(), nullable=False),
         sa.Column("end_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("end_reason", sa.Text(), nullable=False),
+        sa.Column("end_evidence", sa.Text(), nullable=False),
         sa.Column("security_labels", postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False),
         sa.Column("history", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
         sa.ForeignKeyConstraint(
@@ -239,6 +250,36 @@ def upgrade() -> None:
         unique=True,
         postgresql_where=sa.text("status = 'ACTIVE'"),
     )
+    op.create_table(
+        "contact",
+        sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("version", sa.BigInteger(), nullable=False),
+        sa.Column(
+            "create_time", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
+        ),
+        sa.Column(
+            "update_time", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
+        ),
+        sa.Column("patient_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("channel", sa.Text(), nullable=False),
+        sa.Column("direction", sa.Text(), nullable=False),
+        sa.Column("outcome", sa.Text(), nullable=False),
+        sa.Column("note", sa.Text(), nullable=False),
+        sa.Column("minutes", sa.BigInteger(), nullable=False),
+        sa.Column("task_id", sa.Uuid(as_uuid=False), nullable=True),
+        sa.Column("referral_id", sa.Uuid(as_uuid=False), nullable=True),
+        sa.Column("contact_time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("recorder", sa.Text(), nullable=False),
+        sa.Column("security_labels", postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["tenant_id", "patient_id"],
+            ["record_subject.tenant_id", "record_subject.patient_id"],
+            name="contact_subject_fkey",
+        ),
+        sa.PrimaryKeyConstraint("tenant_id", "id", name=op.f("contact_pkey")),
+    )
+    op.create_index("contact_by_patient", "contact", ["tenant_id", "patient_id", "contact_time", "id"], unique=False)
     op.create_table(
         "related_person",
         sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),
@@ -326,7 +367,13 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("tenant_id", "id", name=op.f("task_pkey")),
         sa.UniqueConstraint("tenant_id", "code", "source_id", "episode", name="task_episode_key"),
     )
-    op.create_index("task_by_owner", "task", ["tenant_id", "owner_id", "due_time", "id"], unique=False)
+    op.create_index(
+        "task_by_owner",
+        "task",
+        ["tenant_id", "owner_id", "due_time", "id"],
+        unique=False,
+        postgresql_where=sa.text("status IN ('READY', 'IN_PROGRESS')"),
+    )
     op.create_index("task_by_patient", "task", ["tenant_id", "patient_id", "due_time", "id"], unique=False)
     op.create_index(
         "task_worklist",
@@ -334,6 +381,31 @@ def upgrade() -> None:
         ["tenant_id", "due_time", "id"],
         unique=False,
         postgresql_where=sa.text("status IN ('READY', 'IN_PROGRESS')"),
+    )
+    op.create_table(
+        "timeline_entry",
+        sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("patient_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("type", sa.Text(), nullable=False),
+        sa.Column("source_type", sa.Text(), nullable=False),
+        sa.Column("source_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("source_version", sa.BigInteger(), nullable=False),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("clinic_id", sa.Uuid(as_uuid=False), nullable=True),
+        sa.Column("status", sa.Text(), nullable=False),
+        sa.Column("reason_code", sa.Text(), nullable=False),
+        sa.Column("security_labels", postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["tenant_id", "patient_id"],
+            ["record_subject.tenant_id", "record_subject.patient_id"],
+            name="timeline_entry_subject_fkey",
+        ),
+        sa.PrimaryKeyConstraint("tenant_id", "id", name=op.f("timeline_entry_pkey")),
+    )
+    op.create_index(
+        "timeline_entry_by_patient", "timeline_entry", ["tenant_id", "patient_id", "time", "id"], unique=False
     )
 
 

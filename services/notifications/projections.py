@@ -1,0 +1,92 @@
+"""What notifications knows of others' data: clinics, visit types and visits, each by the version it last heard of."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from chassis.model import Id, Owned, about_subject, base
+from sqlalchemy import BigInteger, DateTime, Text, select
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+Base = base()
+NEVER_PLANNED = -1
+
+
+class Projected(Owned):
+    """A row that is replaced by a newer version only."""
+
+    version: Mapped[int] = mapped_column(BigInteger)
+
+
+class Clinic(Projected, Base):
+    """Where a visit takes place."""
+
+    __tablename__ = "clinic"
+
+    name: Mapped[str]
+    discreet_name: Mapped[str]
+    time_zone: Mapped[str]
+    address: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    phone: Mapped[str]
+    directions: Mapped[str]
+    security_labels: Mapped[list[str]] = mapped_column(ARRAY(Text))
+
+
+class VisitType(Projected, Base):
+    """What a visit is for."""
+
+    __tablename__ = "visit_type"
+
+    name: Mapped[str]
+    discreet_name: Mapped[str]
+    modality: Mapped[str]
+    preparation: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    security_labels: Mapped[list[str]] = mapped_column(ARRAY(Text))
+
+
+class Appointment(Projected, Base):
+    """A visit as last heard of. `planned_version` is the schedule version whose reminders stand in the ledger."""
+
+    __tablename__ = "appointment"
+    __table_args__ = (about_subject("appointment"),)
+
+    patient_id: Mapped[str] = mapped_column(Id)
+    status: Mapped[str] = mapped_column(Text, default="")
+    clinic_id: Mapped[str | None] = mapped_column(Id)
+    visit_type_id: Mapped[str | None] = mapped_column(Id)
+    start_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    time_zone: Mapped[str] = mapped_column(Text, default="")
+    schedule_version: Mapped[int] = mapped_column(BigInteger, default=0)
+    planned_version: Mapped[int] = mapped_column(BigInteger, default=NEVER_PLANNED)
+    security_labels: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
+
+
+async def store(
+    db: AsyncSession, model: type[Projected], tenant_id: str, row_id: str, version: int, values: Mapping[str, Any]
+) -> None:
+    """Keep the full state of a clinic or visit type, unless a newer one is there."""
+    statement = insert(model).values(tenant_id=tenant_id, id=row_id, version=version, **values)
+    await db.execute(
+        statement.on_conflict_do_update(
+            index_elements=[model.tenant_id, model.id],
+            set_={name: statement.excluded[name] for name in ("version", *values)},
+            where=statement.excluded.version > model.version,
+        )
+    )
+
+
+async def visit_row(db: AsyncSession, tenant_id: str, appointment_id: str, patient_id: str) -> Appointment:
+    """The row of a visit, locked; of version 0 where nothing was heard of it yet."""
+    await db.execute(
+        insert(Appointment)
+        .values(tenant_id=tenant_id, id=appointment_id, version=0, patient_id=patient_id)
+        .on_conflict_do_nothing()
+    )
+    found = await db.execute(
+        select(Appointment)
+        .where(Appointment.tenant_id == tenant_id, Appointment.id == appointment_id)
+        .with_for_update(key_share=True)
+    )
+    return found.scalar_one()

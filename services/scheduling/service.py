@@ -1,0 +1,51 @@
+"""The scheduling service, said in one place."""
+
+from pathlib import Path
+
+from care.scheduling.v1 import directory_pb2
+
+from chassis.errors import AlreadyExists
+from chassis.reactions import Reactions
+from chassis.service import Service
+from services.scheduling.directory import Base
+from services.scheduling.servicer_directory import (
+    ClinicsServicer,
+    PractitionersServicer,
+    ResourcesServicer,
+    SchedulesServicer,
+    VisitTypesServicer,
+)
+
+SERVICE = Service(
+    name="scheduling",
+    base=Base,
+    migrations=Path(__file__).parent / "migrations",
+    servicers={
+        directory_pb2.DESCRIPTOR.services_by_name["ClinicsService"]: ClinicsServicer(),
+        directory_pb2.DESCRIPTOR.services_by_name["PractitionersService"]: PractitionersServicer(),
+        directory_pb2.DESCRIPTOR.services_by_name["ResourcesService"]: ResourcesServicer(),
+        directory_pb2.DESCRIPTOR.services_by_name["VisitTypesService"]: VisitTypesServicer(),
+        directory_pb2.DESCRIPTOR.services_by_name["SchedulesService"]: SchedulesServicer(),
+    },
+    payloads={
+        "clinic": directory_pb2.Clinic,
+        "practitioner": directory_pb2.Practitioner,
+        "resource": directory_pb2.Resource,
+        "visit_type": directory_pb2.VisitType,
+        "schedule": directory_pb2.Schedule,
+    },
+    reactions=Reactions(),
+    reasons={
+        "directory_identifier_key": (
+            AlreadyExists,
+            "IDENTIFIER_TAKEN",
+            "An identifier belongs to another entry of the directory.",
+        ),
+        "visit_type_code_key": (AlreadyExists, "CODE_TAKEN", "A visit type with this code exists."),
+        "schedule_practitioner_key": (
+            AlreadyExists,
+            "SCHEDULE_EXISTS",
+            "There are hours of this practitioner at this clinic; change those.",
+        ),
+    },
+)
