@@ -1,7 +1,6 @@
 """Runs the patients service: `python -m services.patients [migrate]`."""
 
 from chassis.main import run
-
 from services.patients.service import SERVICE
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from care.access.v1 import access_pb2
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from chassis import access
 from chassis.database import Database, Telling
@@ -11,7 +12,7 @@ from chassis.telemetry import Telemetry
 from chassis.wire import to_proto
 from services.patients.roles import SHIPPED
 from services.patients.service import SERVICE
-from services.patients.staff import Role, Staff
+from services.patients.staff import Pool, Role, Staff
 
 
 async def bootstrap(
@@ -23,7 +24,7 @@ async def bootstrap(
     given_name: str = "",
     family_name: str = "",
 ) -> None:
-    """Write the shipped roles that a tenant lacks and, with a `subject`, an administrator with that sign-in.
+    """Write the shipped roles and pools that a tenant lacks and, with a `subject`, an administrator with that sign-in.
 
     Goes to the database itself, since before this nobody may call. Doing it again changes nothing.
     """
@@ -45,6 +46,7 @@ async def bootstrap(
             await db.flush()
             for role in roles:
                 await access.store_role(db, tables, to_proto(role, access_pb2.RoleState))
+            await _pools(db, tenant_id)
             if not subject:
                 return
             taken = await db.execute(
@@ -68,3 +70,21 @@ async def bootstrap(
     finally:
         await database.stop()
         await telemetry.shutdown(timeout=1)
+
+
+async def _pools(db: AsyncSession, tenant_id: str) -> None:
+    """One pool per purpose, for all clinics and without members yet: work that falls due must find an owner."""
+    known = set((await db.execute(select(Pool.purpose).where(Pool.tenant_id == tenant_id))).scalars())
+    for purpose, name in _POOLS.items():
+        if purpose not in known:
+            pool = Pool(tenant_id=tenant_id, id=new_id(), name=name, staff_ids=[], clinic_ids=[], specialty_codes=[])
+            pool.change(purpose=purpose, active=True)
+            db.add(pool)
+
+
+_POOLS = {
+    "coordination": "Care coordination",
+    "referrals": "Referrals",
+    "urgent": "Urgent",
+    "privacy": "Privacy",
+}

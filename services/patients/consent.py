@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
-from chassis.lifecycle import Lifecycle
-from chassis.model import Id, Living, about_subject, status_type
 from sqlalchemy import DateTime, Index, Text, select, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
+from chassis.lifecycle import Lifecycle
+from chassis.model import Id, Living, about_subject, status_type
 from services.patients.names import contact_key
 from services.patients.patient import Base, Patient, RelatedPerson
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import phonenumbers
 
-_SOUNDEX = {letter: digit for digit, letters in enumerate(("bfpv", "cgjkqsxz", "dt", "l", "mn", "r"), 1) for letter in letters}
+_SOUNDEX = {
+    letter: digit for digit, letters in enumerate(("bfpv", "cgjkqsxz", "dt", "l", "mn", "r"), 1) for letter in letters
+}
 
 
 def fold(name: str) -> str:

@@ -3,13 +3,13 @@
 from datetime import datetime
 from typing import Any
 
-from chassis.errors import Invalid
-from chassis.model import Aggregate, Id, Ids, Owned, about_subject, base
 from sqlalchemy import BigInteger, DateTime, Index, Text, UniqueConstraint, func, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
+from chassis.errors import Invalid
+from chassis.model import Aggregate, Id, Ids, Owned, about_subject, base
 from services.patients.names import contact_values, digits, fold, normalized, phonetic
 
 Base = base()
@@ -148,15 +148,17 @@ class Relation(Owned, Base):
     until: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
 
 
-class BrokenGlass(Owned, Base):
-    """Access taken by one person for a limited time, with a reason, to be reviewed."""
+class Grant(Owned, Base):
+    """Access of one staff member for a limited time, with a reason: broken glass, or a review that follows from it."""
 
-    __tablename__ = "broken_glass"
-    __table_args__ = (about_subject("broken_glass"), Index("broken_glass_by_patient", "tenant_id", "patient_id"))
+    __tablename__ = "access_grant"
+    __table_args__ = (about_subject("access_grant"), Index("access_grant_by_patient", "tenant_id", "patient_id"))
 
     patient_id: Mapped[str] = mapped_column(Id)
     staff_id: Mapped[str] = mapped_column(Id)
     reason: Mapped[str]
+    # Empty: whatever the holder's roles allow.
+    permissions: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
     create_time: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=text("clock_timestamp()"))
     expire_time: Mapped[datetime] = mapped_column(DateTime(timezone=True))
 
@@ -186,10 +188,7 @@ async def relate(db: AsyncSession, patient: Patient, clinic_ids: list[str], reas
         for clinic in dict.fromkeys(clinic_ids)
     ]
     added = await db.execute(
-        insert(Relation)
-        .values(rows)
-        .on_conflict_do_nothing(constraint="relation_key")
-        .returning(Relation.grantee_id)
+        insert(Relation).values(rows).on_conflict_do_nothing(constraint="relation_key").returning(Relation.grantee_id)
     )
     return added.first() is not None
 
@@ -208,12 +207,12 @@ async def tell_access(db: AsyncSession, patient: Patient) -> None:
             .order_by(Relation.since, Relation.grantee_id)
         )
     ).all()
-    broken = (
+    grants = (
         await db.execute(
-            select(BrokenGlass.staff_id, BrokenGlass.expire_time).where(
-                BrokenGlass.tenant_id == patient.tenant_id,
-                BrokenGlass.patient_id == patient.id,
-                BrokenGlass.expire_time > func.clock_timestamp(),
+            select(Grant.staff_id, Grant.expire_time, Grant.permissions).where(
+                Grant.tenant_id == patient.tenant_id,
+                Grant.patient_id == patient.id,
+                Grant.expire_time > func.clock_timestamp(),
             )
         )
     ).all()
@@ -230,7 +229,10 @@ async def tell_access(db: AsyncSession, patient: Patient) -> None:
     patient.clinic_ids = list(dict.fromkeys(one.grantee_id for one in relations if one.kind == "clinic"))
     grantees = list(dict.fromkeys([patient.id, *(one.grantee_id for one in relations)]))
     timed = [
-        *({"grantee_id": one.staff_id, "expire_time": one.expire_time, "permissions": []} for one in broken),
+        *(
+            {"grantee_id": one.staff_id, "expire_time": one.expire_time, "permissions": one.permissions}
+            for one in grants
+        ),
         *(
             {"grantee_id": one.id, "expire_time": one.proxy_expire_time, "permissions": one.proxy_permissions}
             for one in proxies

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from care.access.v1 import access_pb2
 from care.patients.v1 import consents_pb2, events_pb2, patients_pb2, staff_pb2, tasks_pb2, timeline_pb2
+
 from chassis.errors import AlreadyExists
 from chassis.service import Service
 from chassis.timers import Loop
-
 from services.patients.patient import Base
 from services.patients.reactions import reactions
 from services.patients.servicer_access import AccessServicer, beat

@@ -4,13 +4,13 @@ import uuid
 
 from care.access.v1 import access_pb2 as pb
 from care.access.v1.access_pb2_grpc import AccessServiceServicer
+from sqlalchemy import select
+
 from chassis.access import PARTITIONS
 from chassis.bus import partition_of
 from chassis.call import Call
 from chassis.pipeline import Runtime
 from chassis.wire import to_proto
-from sqlalchemy import select
-
 from services.patients.staff import Login, Role, Staff
 
 NO_TENANT = str(uuid.UUID(int=0))

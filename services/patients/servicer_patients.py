@@ -4,22 +4,24 @@ from datetime import timedelta
 
 from care.patients.v1 import patients_pb2 as pb
 from care.patients.v1.patients_pb2_grpc import PatientsServiceServicer
+from sqlalchemy import and_, func, or_, select
+from sqlalchemy.dialects.postgresql import insert
+
 from chassis.access import visible
 from chassis.call import Call, require_etag
 from chassis.errors import AlreadyExists, FailedPrecondition, Invalid, NotFound, PermissionDenied
 from chassis.ids import new_id
 from chassis.wire import OUTPUT_ONLY, given, to_proto
-from sqlalchemy import and_, func, or_, select
-from sqlalchemy.dialects.postgresql import insert
-
 from services.patients.consent import Consent, end_consents, recipient_of
 from services.patients.due_times import due
 from services.patients.names import digits, fold, phonetic
-from services.patients.patient import BrokenGlass, Patient, PatientIdentifier, RelatedPerson, relate, tell_access
-from services.patients.task import open_task
+from services.patients.patient import Grant, Patient, PatientIdentifier, RelatedPerson, relate, tell_access
+from services.patients.staff import Pool
+from services.patients.task import Task, open_task
 
 _READ_ONLY = OUTPUT_ONLY | {"clinic_ids", "survivor_id"}
 _BREAK_GLASS_MINUTES = 60
+_REVIEW_FOR = timedelta(days=30)
 
 
 class PatientsServicer(PatientsServiceServicer):
@@ -36,7 +38,7 @@ class PatientsServicer(PatientsServiceServicer):
         hidden += await _claim_identifiers(call, patient)
         await tell_access_of_new(call, patient, [request.clinic_id], "registered")
         if hidden:
-            await open_task(
+            task = await open_task(
                 call.db,
                 tenant_id=call.tenant_id,
                 patient_id=patient.id,
@@ -46,6 +48,7 @@ class PatientsServicer(PatientsServiceServicer):
                 due_time=call.now + timedelta(days=1),
                 due_basis="one day after registration",
             )
+            await _let_review(call, patient, task)
         call.saw(patient.id)
         await call.db.flush()
         return to_proto(patient, pb.Patient)
@@ -58,9 +61,7 @@ class PatientsServicer(PatientsServiceServicer):
         if request.clinic_ids:
             query = query.where(Patient.clinic_ids.overlap(list(request.clinic_ids)))
         rows, following = await call.page(query, request, Patient.create_time, Patient.id, descending=True)
-        return pb.ListPatientsResponse(
-            patients=[to_proto(row, pb.Patient) for row in rows], next_page_token=following
-        )
+        return pb.ListPatientsResponse(patients=[to_proto(row, pb.Patient) for row in rows], next_page_token=following)
 
     async def UpdatePatient(self, request: pb.UpdatePatientRequest, call: Call) -> pb.Patient:
         patient = await call.get(Patient, request.patient.id, etag=require_etag(request.etag))
@@ -182,7 +183,7 @@ class PatientsServicer(PatientsServiceServicer):
         call.saw(patient.id)
         call.purpose = request.reason
         expires = call.now + timedelta(minutes=request.minutes or _BREAK_GLASS_MINUTES)
-        broken = BrokenGlass(
+        broken = Grant(
             tenant_id=call.tenant_id,
             id=new_id(),
             patient_id=patient.id,
@@ -191,8 +192,7 @@ class PatientsServicer(PatientsServiceServicer):
             expire_time=expires,
         )
         call.db.add(broken)
-        await tell_access(call.db, patient)
-        await open_task(
+        task = await open_task(
             call.db,
             tenant_id=call.tenant_id,
             patient_id=patient.id,
@@ -205,6 +205,7 @@ class PatientsServicer(PatientsServiceServicer):
             priority="URGENT",
             note=request.reason,
         )
+        await _let_review(call, patient, task)
         return to_proto({"patient_id": patient.id, "expire_time": expires}, pb.BreakGlassResponse)
 
     async def CreateRelatedPerson(self, request: pb.CreateRelatedPersonRequest, call: Call) -> pb.RelatedPerson:
@@ -334,6 +335,27 @@ async def _review_deceased(call: Call, patient: Patient) -> None:
     )
 
 
+async def _let_review(call: Call, patient: Patient, task: Task | None) -> None:
+    """Give the members of a review's pool what they need for it, and tell the access set.
+
+    They have no relation to the patient: without a grant of their own the review would be out of their sight.
+    """
+    pool = await call.get(Pool, task.owner_id) if task is not None else None
+    for staff_id in pool.staff_ids if pool is not None else ():
+        call.db.add(
+            Grant(
+                tenant_id=call.tenant_id,
+                id=new_id(),
+                patient_id=patient.id,
+                staff_id=staff_id,
+                reason="review",
+                permissions=["tasks.read", "tasks.write", "accesses.read"],
+                expire_time=call.now + _REVIEW_FOR,
+            )
+        )
+    await tell_access(call.db, patient)
+
+
 async def tell_access_of_new(call: Call, patient: Patient, clinic_ids: list[str], reason: str) -> None:
     """A new record: its first access set, then its relations, which refer to it."""
     await tell_access(call.db, patient)
@@ -366,9 +388,7 @@ async def _claim_identifiers(call: Call, patient: Patient, *, refuse: bool = Fal
                 select(Patient.id, Patient.restricted)
                 .join(
                     PatientIdentifier,
-                    and_(
-                        PatientIdentifier.tenant_id == Patient.tenant_id, PatientIdentifier.patient_id == Patient.id
-                    ),
+                    and_(PatientIdentifier.tenant_id == Patient.tenant_id, PatientIdentifier.patient_id == Patient.id),
                 )
                 .where(
                     PatientIdentifier.tenant_id == call.tenant_id,
@@ -424,5 +444,3 @@ async def _readable(call: Call, ids: list[str]) -> set[str]:
         )
     )
     return {row.patient_id for row in rows}
-
-

@@ -3,13 +3,13 @@
 from care.access.v1 import access_pb2
 from care.patients.v1 import staff_pb2 as pb
 from care.patients.v1.staff_pb2_grpc import PoolsServiceServicer, RolesServiceServicer, StaffServiceServicer
+from sqlalchemy import select
+
 from chassis import access
 from chassis.call import Call, require_etag
 from chassis.errors import Invalid
 from chassis.ids import new_id
 from chassis.wire import OUTPUT_ONLY, given, to_proto
-from sqlalchemy import select
-
 from services.patients.patient import Patient, RelatedPerson
 from services.patients.roles import PERMISSIONS
 from services.patients.staff import Login, Pool, Role, Staff
@@ -63,9 +63,7 @@ class StaffServicer(StaffServiceServicer):
         if known.first() is None:
             raise Invalid("PERSON_UNKNOWN", "There is no such person.", field="login.person.id")
         login = await call.add(
-            Login(
-                id=new_id(), issuer=wanted.issuer, subject=wanted.subject, kind=kind, person_id=wanted.person.id
-            )
+            Login(id=new_id(), issuer=wanted.issuer, subject=wanted.subject, kind=kind, person_id=wanted.person.id)
         )
         login.tell("changed", **login.principal)
         await call.db.flush()

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from chassis.model import Aggregate, Id, Ids
 from sqlalchemy import Index, Text, UniqueConstraint, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
+from chassis.model import Aggregate, Id, Ids
 from services.patients.patient import Base
 
 

@@ -4,15 +4,15 @@ import enum
 from datetime import datetime
 from typing import Any
 
-from chassis.errors import FailedPrecondition, Invalid
-from chassis.ids import new_id
-from chassis.lifecycle import Lifecycle
-from chassis.model import Id, Living, about_subject, status_type
 from sqlalchemy import DateTime, Index, Text, UniqueConstraint, select, text
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
+from chassis.errors import FailedPrecondition, Invalid
+from chassis.ids import new_id
+from chassis.lifecycle import Lifecycle
+from chassis.model import Id, Living, about_subject, status_type
 from services.patients.patient import Base
 from services.patients.staff import Pool
 

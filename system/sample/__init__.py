@@ -89,11 +89,14 @@ class _Loading:
         await _each((role for role in ROLES if staff_subject(role) not in self._staff), one)
 
     async def pools(self) -> None:
-        known = {each["name"] for each in await self.all("admin", "/v1/pools", "pools")}
+        known = {each["name"]: each for each in await self.all("admin", "/v1/pools", "pools")}
         for name, (purpose, roles) in people.POOLS.items():
-            if name not in known:
-                members = [self._staff[staff_subject(role)] for role in roles]
+            members = [self._staff[staff_subject(role)] for role in roles]
+            pool = known.get(name)
+            if pool is None:
                 await self.client("admin").post("/v1/pools", {"name": name, "purpose": purpose, "staffIds": members})
+            elif not pool.get("staffIds"):  # the tenant was shipped with it, without members
+                await self.client("admin").patch(f"/v1/pools/{pool['id']}", {"staffIds": members}, pool["etag"])
 
     async def patients(self) -> None:
         async def one(place: tuple[str, Json]) -> None:

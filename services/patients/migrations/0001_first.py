@@ -186,12 +186,13 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("tenant_id", "code", "source_id", "episode", name=op.f("task_episode_pkey")),
     )
     op.create_table(
-        "broken_glass",
+        "access_grant",
         sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),
         sa.Column("id", sa.Uuid(as_uuid=False), nullable=False),
         sa.Column("patient_id", sa.Uuid(as_uuid=False), nullable=False),
         sa.Column("staff_id", sa.Uuid(as_uuid=False), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("permissions", postgresql.ARRAY(sa.Text()), nullable=False),
         sa.Column(
             "create_time", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
         ),
@@ -199,11 +200,11 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(
             ["tenant_id", "patient_id"],
             ["record_subject.tenant_id", "record_subject.patient_id"],
-            name="broken_glass_subject_fkey",
+            name="access_grant_subject_fkey",
         ),
-        sa.PrimaryKeyConstraint("tenant_id", "id", name=op.f("broken_glass_pkey")),
+        sa.PrimaryKeyConstraint("tenant_id", "id", name=op.f("access_grant_pkey")),
     )
-    op.create_index("broken_glass_by_patient", "broken_glass", ["tenant_id", "patient_id"], unique=False)
+    op.create_index("access_grant_by_patient", "access_grant", ["tenant_id", "patient_id"], unique=False)
     op.create_table(
         "consent",
         sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),

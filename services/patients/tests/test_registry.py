@@ -7,10 +7,10 @@ from care.patients.v1 import patients_pb2 as pb
 from care.patients.v1 import staff_pb2
 from care.patients.v1.patients_pb2_grpc import PatientsServiceStub
 from care.patients.v1.staff_pb2_grpc import PoolsServiceStub, StaffServiceStub
+
 from chassis.errors import Problem
 from chassis.ids import new_id
 from chassis.testing.harness import Harness
-
 from services.patients.service import SERVICE
 
 WORK = ["patients.read", "patients.write", "patients.match", "patients.break_glass", "accesses.read", "pools.write"]
@@ -191,11 +191,18 @@ async def test_a_staff_member_whose_login_is_switched_off_is_a_stranger(harness,
         "patients",
         StaffServiceStub,
         "CreateStaff",
-        staff_pb2.CreateStaffRequest(staff={"issuer": "https://issuer.test", "subject": "nora", "name": {"family_name": "N"}}),
+        staff_pb2.CreateStaffRequest(
+            staff={"issuer": "https://issuer.test", "subject": "nora", "name": {"family_name": "N"}}
+        ),
         "root",
     )
-    await harness.call("patients", StaffServiceStub, "UpdateStaff", staff_pb2.UpdateStaffRequest(
-        staff={"id": staff.id, "active": False}, etag=staff.etag), "root")
+    await harness.call(
+        "patients",
+        StaffServiceStub,
+        "UpdateStaff",
+        staff_pb2.UpdateStaffRequest(staff={"id": staff.id, "active": False}, etag=staff.etag),
+        "root",
+    )
     with pytest.raises(Problem) as off:
         await patients(harness, "GetPatient", pb.GetPatientRequest(id=new_id()), "nora")
     assert off.value.reason == "LOGIN_INACTIVE"

@@ -1,0 +1,163 @@
+"""What referrals keeps of other services' directories: pools that take referrals, and the clinics' calendars."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+
+from care.patients.v1 import events_pb2 as patients
+from care.scheduling.v1 import directory_pb2
+from sqlalchemy import BigInteger, Text, select
+from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from chassis.calendar import is_holiday
+from chassis.errors import FailedPrecondition
+from chassis.model import Id, Ids, base
+
+Base = base()
+PURPOSE = "referrals"
+
+
+class Clinic(Base):
+    """A clinic's calendar and labels, as scheduling last told them."""
+
+    __tablename__ = "clinic"
+
+    tenant_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger)
+    time_zone: Mapped[str] = mapped_column(Text)
+    holiday_region: Mapped[str] = mapped_column(Text)
+    closed_dates: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    security_labels: Mapped[list[str]] = mapped_column(ARRAY(Text))
+
+
+class Pool(Base):
+    """A team, as patients last told it."""
+
+    __tablename__ = "pool"
+
+    tenant_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger)
+    purpose: Mapped[str] = mapped_column(Text)
+    clinic_ids: Mapped[list[str]] = mapped_column(Ids)
+    specialty_codes: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    active: Mapped[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Calendar:
+    """The days and the zone by which a clinic's clocks run."""
+
+    zone: str
+    region: str
+    closed: frozenset[date]
+
+
+async def keep_clinic(db: AsyncSession, tenant_id: str, clinic: directory_pb2.Clinic, version: int) -> None:
+    """Merge a clinic's full state; an older version changes nothing."""
+    await _keep(
+        db,
+        Clinic,
+        tenant_id=tenant_id,
+        id=clinic.id,
+        version=version,
+        time_zone=clinic.time_zone,
+        holiday_region=clinic.holiday_region,
+        closed_dates=sorted(clinic.closed_dates),
+        security_labels=sorted(clinic.security_labels),
+    )
+
+
+async def keep_pool(db: AsyncSession, tenant_id: str, pool: patients.PoolState, version: int) -> None:
+    """Merge a pool's full state; an older version changes nothing."""
+    await _keep(
+        db,
+        Pool,
+        tenant_id=tenant_id,
+        id=pool.id,
+        version=version,
+        purpose=pool.purpose,
+        clinic_ids=list(pool.clinic_ids),
+        specialty_codes=list(pool.specialty_codes),
+        active=pool.active,
+    )
+
+
+async def _keep(db: AsyncSession, model: type[Clinic] | type[Pool], **values: object) -> None:
+    statement = insert(model).values(values)
+    await db.execute(
+        statement.on_conflict_do_update(
+            index_elements=["tenant_id", "id"],
+            set_={name: statement.excluded[name] for name in values},
+            where=statement.excluded.version > model.version,
+        )
+    )
+
+
+async def clinic_of(db: AsyncSession, tenant_id: str, clinic_id: str) -> Clinic:
+    """A clinic whose calendar a referral can run by.
+
+    Raises FailedPrecondition `CLINIC_UNKNOWN`, also where scheduling's event is still on its way, and
+    `CLINIC_WITHOUT_ZONE`.
+    """
+    clinic = await db.get(Clinic, (tenant_id, clinic_id))
+    if clinic is None:
+        raise FailedPrecondition("CLINIC_UNKNOWN", "This clinic isn't known here.")
+    if not clinic.time_zone:
+        raise FailedPrecondition("CLINIC_WITHOUT_ZONE", "This clinic has no time zone yet: its clocks can't run.")
+    return clinic
+
+
+async def calendar_of(db: AsyncSession, tenant_id: str, clinic_id: str) -> Calendar:
+    """The calendar of an open referral's clinic; UTC and the country's days where the clinic has lost its own."""
+    clinic = await db.get(Clinic, (tenant_id, clinic_id))
+    if clinic is None:
+        return Calendar("UTC", "US", frozenset())
+    return Calendar(
+        clinic.time_zone or "UTC",
+        _known_region(clinic.holiday_region),
+        frozenset(date.fromisoformat(day) for day in clinic.closed_dates),
+    )
+
+
+def _known_region(region: str) -> str:
+    """The region, its country, or "US": a clock by an approximate calendar is better than none."""
+    for known in (region, region.partition("-")[0]):
+        try:
+            if known:
+                is_holiday(date(2026, 1, 1), known)
+                return known
+        except ValueError:
+            continue
+    return "US"
+
+
+async def pool_for(db: AsyncSession, tenant_id: str, clinic_id: str, specialty_code: str) -> Pool:
+    """The pool that a specialty's referrals fall to. Raises FailedPrecondition `NO_POOL`."""
+    pools = await db.execute(
+        select(Pool).where(Pool.tenant_id == tenant_id, Pool.purpose == PURPOSE, Pool.active).order_by(Pool.id)
+    )
+    chosen = best_pool(pools.scalars(), clinic_id, specialty_code)
+    if chosen is None:
+        raise FailedPrecondition("NO_POOL", "No pool takes referrals to this specialty; make one or name one.")
+    return chosen
+
+
+def best_pool(pools: Iterable[Pool], clinic_id: str, specialty_code: str) -> Pool | None:
+    """One for this specialty before one for all, then one for this clinic before one for all, then the oldest."""
+    fitting = [
+        pool
+        for pool in pools
+        if (not pool.specialty_codes or specialty_code in pool.specialty_codes)
+        and (not pool.clinic_ids or clinic_id in pool.clinic_ids)
+    ]
+    return min(fitting, key=lambda pool: (not pool.specialty_codes, not pool.clinic_ids, pool.id), default=None)
+
+
+async def pool_of(db: AsyncSession, tenant_id: str, pool_id: str) -> Pool | None:
+    """A pool in use, or None."""
+    pool = await db.get(Pool, (tenant_id, pool_id))
+    return pool if pool is not None and pool.active else None

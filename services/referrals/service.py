@@ -1,0 +1,31 @@
+"""The referrals service, said in one place."""
+
+from pathlib import Path
+
+from care.referrals.v1 import events_pb2, referrals_pb2
+
+from chassis.errors import AlreadyExists
+from chassis.service import Service
+from chassis.timers import Loop
+from services.referrals.overdue import LOOP, tell_overdue
+from services.referrals.reactions import reactions
+from services.referrals.referral import Base
+from services.referrals.servicer_referrals import ReferralsServicer
+
+SERVICE = Service(
+    name="referrals",
+    base=Base,
+    migrations=Path(__file__).parent / "migrations",
+    servicers={referrals_pb2.DESCRIPTOR.services_by_name["ReferralsService"]: ReferralsServicer()},
+    payloads={"referral": events_pb2.ReferralEvent},
+    reactions=reactions,
+    hears=("scheduling",),
+    loops=(Loop(LOOP, tell_overdue, every=5.0),),
+    reasons={
+        "referral_identifier_key": (
+            AlreadyExists,
+            "IDENTIFIER_TAKEN",
+            "An identifier belongs to another referral.",
+        ),
+    },
+)
