@@ -28,13 +28,15 @@ _CALLERS_AT_MOST = 10_000
 class NeedSubject(Exception):
     """A row that is about these subjects is out of sight by the local projection: read through and try once more.
 
-    `stale` says that the projection itself wasn't sure enough, rather than that it said no.
+    `stale` says that the projection itself wasn't sure enough, rather than that it said no; `optional` that without it
+    the answer is an empty list, not a refusal.
     """
 
-    def __init__(self, subject_ids: Iterable[str], *, stale: bool = False) -> None:
+    def __init__(self, subject_ids: Iterable[str], *, stale: bool = False, optional: bool = False) -> None:
         super().__init__()
         self.subject_ids = [one for one in subject_ids if one]
         self.stale = stale
+        self.optional = optional
 
 
 @dataclass(frozen=True, slots=True)

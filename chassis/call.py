@@ -28,12 +28,22 @@ class Call:
     call touched and why, for the audit.
     """
 
-    def __init__(self, runtime: "Runtime", method: "Method", request: Message, caller: Caller, confirmed: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        runtime: "Runtime",
+        method: "Method",
+        request: Message,
+        caller: Caller,
+        confirmed: Sequence[str] = (),
+        *,
+        looked: bool = False,
+    ) -> None:
         self.runtime = runtime
         self.method = method
         self.request = request
         self.caller = caller
         self.confirmed = confirmed
+        self.looked = looked
         self.tenant_id = caller.tenant_id
         self.subject_ids: dict[str, None] = {}
         self.purpose = ""
@@ -201,6 +211,8 @@ class Call:
             query = query.where(tuple_(*order) < key if descending else tuple_(*order) > key)
         query = query.order_by(*[column.desc() if descending else column for column in order]).limit(size + 1)
         rows = list((await self.db.execute(query)).scalars())
+        if not rows and not token:
+            await self._look_through()
         following = ""
         if len(rows) > size:
             rows = rows[:size]
@@ -210,13 +222,33 @@ class Call:
             self.saw(row.subject_id)
         return rows, following
 
-    def _named_subjects(self) -> list[str]:
-        """Patients whom the request names, or the patient who calls."""
+    async def _look_through(self) -> None:
+        """Nothing was found of patients whom the request names: is it that this service can't see them yet?"""
+        named = self._requested_subjects()
+        if not named or self.looked or self.caller.kind in ("system", "link"):
+            return
+        table = self.runtime.access.tables.subject
+        seen = await self.db.execute(
+            select(table.c.patient_id).where(
+                table.c.tenant_id == self.tenant_id,
+                table.c.patient_id.in_(named),
+                visible(None, self._conditions()),
+            )
+        )
+        hidden = set(named) - set(seen.scalars())
+        if hidden:
+            raise NeedSubject(hidden, optional=True)
+
+    def _requested_subjects(self) -> list[str]:
         named: list[str] = []
         for name in ("patient_id", "patient_ids"):
             value = getattr(self.request, name, None)
             named += [value] if isinstance(value, str) else list(value or ())
-        return [one for one in named if one] or ([self.caller.id] if self.caller.kind == "patient" else [])
+        return [one for one in named if one]
+
+    def _named_subjects(self) -> list[str]:
+        """Patients whom the request names, or the patient who calls."""
+        return self._requested_subjects() or ([self.caller.id] if self.caller.kind == "patient" else [])
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -120,6 +120,7 @@ class Exchange:
     caller: Caller | None = None
     identity: Identity | None = None
     confirmed: list[str] = field(default_factory=list)
+    looked: bool = False
     call: Call | None = None
     db: AsyncSession | None = None
     replayed: bool = False
@@ -180,10 +181,13 @@ async def see(exchange: Exchange, proceed: Proceed) -> Message:
         return await proceed(exchange)
     except NeedSubject as need:
         assert exchange.caller is not None
-        if access.is_owner or not (need.stale or access.may_read_through(exchange.caller)):
+        allowed = not access.is_owner and (need.stale or access.may_read_through(exchange.caller))
+        if not allowed and not need.optional:
             raise NotFound from None
-        await access.read_through(exchange.caller.tenant_id, need.subject_ids)
-        exchange.confirmed = need.subject_ids
+        if allowed:
+            await access.read_through(exchange.caller.tenant_id, need.subject_ids)
+            exchange.confirmed = need.subject_ids
+        exchange.looked = True
     try:
         return await proceed(exchange)
     except NeedSubject:
@@ -205,7 +209,9 @@ async def transact(exchange: Exchange, proceed: Proceed) -> Message:
     runtime, method = exchange.runtime, exchange.method
     assert exchange.caller is not None
     for attempt in range(_MAX_CONFLICTS):
-        call = exchange.call = Call(runtime, method, exchange.request, exchange.caller, exchange.confirmed)
+        call = exchange.call = Call(
+            runtime, method, exchange.request, exchange.caller, exchange.confirmed, looked=exchange.looked
+        )
         call.on_behalf_of = exchange.credentials.on_behalf_of
         if method.has_source:
             call.source = type_pb2.Source.Code.Name(exchange.request.source)  # type: ignore[attr-defined]
@@ -407,9 +413,7 @@ class Pipeline:
 async def _refuse(context: Any, problem: Problem) -> None:
     status: status_pb2.Status = to_status(problem)
     # Not set_code and an empty answer: that commits the response, and the client's retry policy would never apply.
-    await context.abort(
-        problem.code, problem.message, (("grpc-status-details-bin", status.SerializeToString()),)
-    )
+    await context.abort(problem.code, problem.message, (("grpc-status-details-bin", status.SerializeToString()),))
 
 
 def credentials_from(metadata: Any) -> Credentials:

@@ -289,9 +289,7 @@ _OLD_KEYS = text(
     " WHERE create_time < clock_timestamp() - :hours * interval '1 hour' ORDER BY create_time LIMIT 5000)"
 )
 # Heartbeats are many and worth nothing once passed: hearing one twice does no harm.
-_OLD_BEATS = text(
-    "DELETE FROM inbox WHERE type = 'access.heartbeat' AND time < clock_timestamp() - interval '1 hour'"
-)
+_OLD_BEATS = text("DELETE FROM inbox WHERE type = 'access.heartbeat' AND time < clock_timestamp() - interval '1 hour'")
 _DAY = 86_400.0
 
 
