@@ -116,7 +116,7 @@ async def test_one_patients_story(world: World, tmp_path: Path) -> None:
     await seen(coordinator, appointment, referral)
     await surveyed(world, coordinator, ids, patient, appointment)
     await closed(world, coordinator, ids, referral)
-    await missed(coordinator, ids, patient)
+    await missed(coordinator, ids)
     await summed_up(world, coordinator, patient)
 
 
@@ -469,24 +469,30 @@ async def closed(world: World, coordinator: User, ids: dict[str, Any], referral:
             "referralId": referral["id"],
         },
     )
-    informed = await coordinator.post(
-        f"{path}:recordPatientInformed", {"channel": "VOICE", "contactId": contact["id"]}
-    )
+    informed = await coordinator.post(f"{path}:recordPatientInformed", {"channel": "VOICE", "contactId": contact["id"]})
     assert informed["businessStatus"] == "PATIENT_INFORMED"
     done = await coordinator.post(f"{path}:close", {"outcome": {"code": "treated"}})
     assert done["businessStatus"] == "CLOSED" and done["status"] == "COMPLETED"
     assert "dueTime" not in done
 
 
-async def missed(coordinator: User, ids: dict[str, Any], patient: dict[str, Any]) -> None:
+async def missed(coordinator: User, ids: dict[str, Any]) -> None:
     """5. A no-show puts its referral back and makes a task; an attempt to call is a contact of the task."""
+    found = await coordinator.post("/v1/patients:search", {"familyName": "Beispiel2", "birthDate": "1980-02-29"})
+    patient = await coordinator.get(f"/v1/patients/{found['matches'][0]['id']}")
     referral = await referred(coordinator, ids, patient)
-    free = await slots(coordinator, ids, datetime.now(UTC), clinicIds=[ids["east"]])
+    practitioners = (await coordinator.get("/v1/practitioners", clinicIds=ids["west"]))["practitioners"]
+    # A walk-in who was gone again: the start is a few minutes past.
+    start = datetime.now(UTC) - timedelta(minutes=5)
+    start = start.replace(minute=start.minute - start.minute % 5, second=0, microsecond=0)
     visit = await coordinator.post(
         "/v1/appointments",
         {
             "patientId": patient["id"],
-            "offerToken": free[-1]["offerToken"],
+            "visitTypeId": ids["visit_type"],
+            "clinicId": ids["west"],
+            "practitionerId": practitioners[0]["id"],
+            "startTime": start.isoformat().replace("+00:00", "Z"),
             "basedOn": [{"type": "Referral", "id": referral["id"]}],
         },
     )

@@ -1,0 +1,34 @@
+"""Whole systems for the journeys, one per way of running and session."""
+
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from system.run import System
+
+# What a clinic waits for hours, a test must not.
+SHORT: dict[str, dict[str, Any]] = {
+    "scheduling": {"no_show_grace": 0.0},
+    "feedback": {"survey_delay": 1.0, "survey_pause": 0.0},
+}
+
+
+@pytest.fixture(scope="session")
+async def systems() -> AsyncIterator[Callable[..., Awaitable[System]]]:
+    """`await systems(kafka=True)`: a running system with the sample in it, the same one for the whole session."""
+    running: dict[bool, System] = {}
+
+    async def running_system(*, kafka: bool) -> System:
+        if kafka not in running:
+            folder = Path(tempfile.mkdtemp(prefix="care-system-"))
+            system = System(folder, 0, kafka=kafka, overrides=SHORT, durable=False)
+            await system.start()
+            running[kafka] = system
+        return running[kafka]
+
+    yield running_system
+    for system in running.values():
+        await system.stop()
