@@ -20,17 +20,20 @@ A = TypeVar("A", bound=Aggregate)
 class Loop:
     """Runs `work(runtime)` until it finds nothing more, then waits `every` seconds or for `wake`.
 
-    `work` answers how many things it did. What it raises is logged by type and tried again; a loop never ends by itself.
+    `every` is a number or made of the service's settings. `work` answers how many things it did. What it raises is logged by type and tried again; a loop never ends by itself.
     """
 
-    def __init__(self, name: str, work: "Callable[[Runtime], Awaitable[int]]", *, every: float = 1.0) -> None:
+    def __init__(
+        self, name: str, work: "Callable[[Runtime], Awaitable[int]]", *, every: float | Callable[[Any], float] = 1.0
+    ) -> None:
         self.name = name
         self._work = work
         self._every = every
 
     def start(self, runtime: "Runtime") -> "RunningLoop":
         """Begin to run in a task."""
-        return RunningLoop(self.name, self._work, self._every, runtime)
+        every = self._every(runtime.settings) if callable(self._every) else self._every
+        return RunningLoop(self.name, self._work, every, runtime)
 
 
 class RunningLoop:

@@ -4,8 +4,6 @@ import enum
 from datetime import datetime, timedelta
 from typing import Any
 
-from chassis.lifecycle import Lifecycle
-from chassis.model import Id, Living, about_subject, status_type
 from sqlalchemy import (
     BigInteger,
     DateTime,
@@ -19,6 +17,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
+from chassis.lifecycle import Lifecycle
+from chassis.model import Id, Living, about_subject, status_type
 from services.notifications.projections import Base
 
 TIME = DateTime(timezone=True)

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from chassis.model import Id, Owned, about_subject, base
 from sqlalchemy import BigInteger, DateTime, Text, select
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
+
+from chassis.model import Id, Owned, about_subject, base
 
 Base = base()
 NEVER_PLANNED = -1

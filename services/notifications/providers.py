@@ -6,7 +6,7 @@ from collections.abc import Callable
 from email.errors import MessageError
 from email.message import EmailMessage
 from email.policy import SMTP as SMTP_POLICY
-from email.utils import formatdate
+from email.utils import formatdate, parseaddr
 from typing import Any, Literal, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
@@ -150,7 +150,8 @@ class Smtp:
             "timeout": settings.provider_timeout,
         }
         self._from = settings.smtp_from
-        self._domain = self._from.rpartition("@")[2].rstrip(">") or "localhost"
+        self._sender = parseaddr(self._from)[1]
+        self._domain = self._sender.rpartition("@")[2] or "localhost"
         self._idle: list[tuple[float, SMTP]] = []
         self._most = settings.provider_connections
 
@@ -179,7 +180,7 @@ class Smtp:
         message["Date"] = formatdate(usegmt=True)
         message["Message-ID"] = message_id
         message["Auto-Submitted"] = "auto-generated"
-        message["List-Unsubscribe"] = f"<mailto:{self._from}?subject=unsubscribe>"
+        message["List-Unsubscribe"] = f"<mailto:{self._sender}?subject=unsubscribe>"
         message.set_content(parcel.text, cte="quoted-printable")
         return message.as_bytes()
 
@@ -205,7 +206,7 @@ class Smtp:
         if not fresh():
             return Outcome("stale")
         try:
-            await client.mail(self._from)
+            await client.mail(self._sender)
             await client.rcpt(to)
         except UnicodeError:
             return Outcome("refused", "address-invalid")
@@ -225,5 +226,3 @@ class Smtp:
         for _, client in self._idle:
             client.close()
         self._idle.clear()
-
-

@@ -10,15 +10,15 @@ from care.scheduling.v1.directory_pb2 import Clinic as ClinicState
 from care.scheduling.v1.directory_pb2 import VisitType as VisitTypeState
 from care.scheduling.v1.events_pb2 import AppointmentEvent
 from care.type.v1.type_pb2 import ContactPoint
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
 from chassis import policies
 from chassis.ids import new_id
 from chassis.reactions import Reactions
 from chassis.telemetry import current_traceparent
 from chassis.timers import wake_after_commit
 from chassis.wire import plain, to_time
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession
-
 from services.notifications.checking import CANCELLED_NOTICE, GONE
 from services.notifications.message import (
     CORRECTION,
@@ -208,6 +208,7 @@ async def _revoke(db: AsyncSession, row: Appointment, reason: str, event: Event)
             Message.status.in_([*WAITING, *_LEFT]),
             Message.kind != CANCELLED_NOTICE,
         )
+        .order_by(Message.id)
         .with_for_update(of=Message, key_share=True)
     )
     changed, leaving = to_time(event.time), False

@@ -1,7 +1,8 @@
 """What notifications is told by its environment, beyond what all services are."""
 
-from chassis.settings import Settings
 from pydantic import Field
+
+from chassis.settings import Settings
 
 
 class NotificationsSettings(Settings):

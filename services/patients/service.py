@@ -47,7 +47,7 @@ SERVICE = Service(
     reactions=reactions,
     # Its own topic too: the timeline has one way in for all services' events.
     hears=("scheduling", "referrals", "notifications", "feedback", "patients"),
-    loops=(Loop("heartbeat", beat, every=5.0),),
+    loops=(Loop("heartbeat", beat, every=lambda settings: settings.heartbeat_interval),),
     reasons={
         "staff_login_key": (AlreadyExists, "LOGIN_TAKEN", "This issuer's subject belongs to somebody else."),
         "login_key": (AlreadyExists, "LOGIN_TAKEN", "This issuer's subject belongs to somebody else."),

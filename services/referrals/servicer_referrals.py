@@ -76,7 +76,7 @@ class ReferralsServicer(ReferralsServiceServicer):
             query = query.where(Referral.clinic_id.in_(list(request.clinic_ids)))
         if request.business_statuses:
             names = enum_names(pb.Referral.BusinessStatus.Code, request.business_statuses)
-            query = query.where(Referral.business_status.in_([State[name] for name in names if name in State]))
+            query = query.where(Referral.business_status.in_([state for state in State if state.name in names]))
         if request.open:
             query = query.where(Referral.business_status.not_in(CLOSED_STATES))
         if request.HasField("due_before"):
@@ -101,7 +101,8 @@ class ReferralsServicer(ReferralsServiceServicer):
         if values.get("owner") not in (None, referral.owner):
             await _know_owner(call, values["owner"])
         if values.get("clinic_id", referral.clinic_id) != referral.clinic_id or "security_labels" in values:
-            values = await _clean(call, {"clinic_id": referral.clinic_id, **values})
+            kept = {"clinic_id": referral.clinic_id, "security_labels": referral.security_labels}
+            values = await _clean(call, {**kept, **values})
         elif values.get("priority") == "CODE_UNSPECIFIED":
             values["priority"] = "ROUTINE"
         clinic_id = values.get("clinic_id", referral.clinic_id)
@@ -160,9 +161,6 @@ class ReferralsServicer(ReferralsServiceServicer):
             call.db.add(visit)
         visit.status = "FULFILLED" if request.seen else "BOOKED"
         visit.start_time = visit.end_time = at
-        if request.source:
-            call.source = type_pb2.Source.Code.Name(request.source)
-            call.begin(call.db, call.now)
         await follow(call.db, referral, call.now)
         return await _answer(call, referral)
 

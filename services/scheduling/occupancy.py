@@ -1,0 +1,201 @@
+"""Who and what is taken when: one row per resource and holder, and a constraint under which no two can overlap.
+
+The constraint needs no extension because a range of one integer type says all: resource number, lane and seconds are
+packed into an int8 (29 bits, 2 bits, 32 bits). Lane 0 is the normal one, 1 to 3 are permitted overbookings.
+
+**Why nothing here deadlocks.** A transaction waits for locks in this order, and never for an earlier kind while it holds
+a later one:
+
+1. appointment rows: its own (one, or those of one patient by id) before anything else; others' only with SKIP LOCKED;
+2. `bookable` rows, by number, only by whatever releases *and* takes: `lock`;
+3. `occupancy`, by number: `take` inserts by number, and where it also releases, a number's old row goes right before its
+   new one comes; rows of other numbers go last, since deleting waits for nobody.
+
+Who only takes needs no lock of kind 2: by 3 it waits at a number while it holds lower ones only. Two that release and
+take at the same number would each wait for the other's deletion; kind 2 is for them.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cache
+from typing import NamedTuple
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Identity,
+    Text,
+    Uuid,
+    bindparam,
+    column,
+    text,
+)
+from sqlalchemy.dialects.postgresql import INT8RANGE, ExcludeConstraint
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.sql.elements import TextClause
+
+from chassis.model import Id
+from services.scheduling.directory import Base
+
+LANES = 4
+"""Lane 0 and as many overbookings as any visit type may permit."""
+_LAST_NO = (1 << 29) - 2
+PACKED = "((({no}) << 34) + ((({lane})::bigint) << 32))"
+"""SQL of the packed value at which a resource's lane begins: second 0 of 1970."""
+
+
+class Bookable(Base):
+    """A practitioner, room, device or patient as a number; made when it is first asked for, never deleted."""
+
+    __tablename__ = "bookable"
+
+    tenant_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    ref_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    no: Mapped[int] = mapped_column(BigInteger, Identity(always=True), unique=True)
+    kind: Mapped[str] = mapped_column(Text)  # "practitioner", "patient", or a resource's kind
+
+
+class Occupancy(Base):
+    """One resource is taken by one holder, buffers included. No foreign key to `bookable`: it would lock the hot rows."""
+
+    __tablename__ = "occupancy"
+    __table_args__ = (
+        ExcludeConstraint((column("during"), "&&"), using="gist", name="occupancy_taken"),
+        # Within its resource, its lane, and until 2106.
+        CheckConstraint(
+            f"no BETWEEN 1 AND {_LAST_NO} AND lane BETWEEN 0 AND {LANES - 1} AND NOT isempty(during)"
+            " AND NOT lower_inf(during) AND NOT upper_inf(during)"
+            f" AND lower(during) >= {PACKED.format(no='no', lane='lane')}"
+            f" AND upper(during) <= {PACKED.format(no='no', lane='lane')} + 4294967296",
+            name="within",
+        ),
+    )
+
+    tenant_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    holder_id: Mapped[str] = mapped_column(Id, primary_key=True)  # an appointment
+    no: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    lane: Mapped[int] = mapped_column(BigInteger)
+    during: Mapped[object] = mapped_column(INT8RANGE)
+    # Of a hold; from then on whoever wants the slot may take it over.
+    expire_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+
+
+class Span(NamedTuple):
+    """A resource's number, a lane, and [start, end) in epoch seconds."""
+
+    no: int
+    lane: int
+    start: int
+    end: int
+
+
+async def lock(db: AsyncSession, numbers: Sequence[int]) -> None:
+    """Keep others that release and take away from these resources; before releasing anything."""
+    await db.execute(_LOCK, {"nos": list(numbers)})
+
+
+async def take(
+    db: AsyncSession,
+    tenant_id: str,
+    holder_id: str,
+    spans: Sequence[Span],
+    *,
+    patient_id: str,
+    expire_time: datetime | None = None,
+    freed: Sequence[str] = (),
+) -> set[int]:
+    """Take all spans in one statement, giving back all that the holders `freed` have (then `lock` first).
+
+    Answers the numbers that were not to be had, all of them for a patient who has died; unless it is empty the
+    transaction must be rolled back.
+    """
+    spans = sorted(spans)
+    values = {
+        "tenant": tenant_id,
+        "holder": holder_id,
+        "patient": patient_id,
+        "expire": expire_time,
+        "nos": [span.no for span in spans],
+    }
+    if freed:
+        for number, span in enumerate(spans):
+            values |= {f"{name}{number}": value for name, value in span._asdict().items()}
+        rows = await db.execute(_swap(len(spans)), {**values, "freed": list(freed)})
+    else:
+        columns = {name: [getattr(span, name) for span in spans] for name in ("lane", "start", "end")}
+        rows = await db.execute(_TAKE, {**values, **columns})
+    return {span.no for span in spans} - {row.no for row in rows}
+
+
+async def keep(db: AsyncSession, tenant_id: str, holder_id: str) -> int:
+    """Make a hold's rows stay for good; answers how many of them were still standing."""
+    rows = await db.execute(_KEEP, {"tenant": tenant_id, "holder": holder_id})
+    return len(rows.all())
+
+
+async def free(db: AsyncSession, *holders: tuple[str, str]) -> None:
+    """Give back all that these (tenant, holder) have. Their own rows must be locked."""
+    tenants, ids = [tenant for tenant, _ in holders], [holder for _, holder in holders]
+    await db.execute(_FREE, {"tenants": tenants, "holders": ids})
+
+
+_UUID, _UUIDS, _INTS = Uuid(as_uuid=False), ARRAY(Uuid(as_uuid=False)), ARRAY(BigInteger)
+_WHOSE = (
+    bindparam("tenant", type_=_UUID),
+    bindparam("holder", type_=_UUID),
+)
+# Read after the appointment's own insert has locked the patient's row, so that no death comes in between.
+_ALIVE = "NOT EXISTS (SELECT FROM deceased_patient d WHERE d.tenant_id = :tenant AND d.patient_id = :patient)"
+_INSERT = "INSERT INTO occupancy (tenant_id, holder_id, no, lane, during, expire_time)"
+_LOCK = text("SELECT no FROM bookable WHERE no = ANY(:nos) ORDER BY no FOR NO KEY UPDATE").bindparams(
+    bindparam("nos", type_=_INTS)
+)
+_TAKE = text(
+    f"{_INSERT} SELECT :tenant, :holder, s.no, s.lane,"
+    f" int8range({PACKED.format(no='s.no', lane='s.lane')} + s.first,"
+    f" {PACKED.format(no='s.no', lane='s.lane')} + s.last), :expire"
+    " FROM unnest(:nos, :lane, :start, :end) AS s(no, lane, first, last)"
+    f" WHERE {_ALIVE} ORDER BY s.no ON CONFLICT DO NOTHING RETURNING no"
+).bindparams(
+    *_WHOSE,
+    bindparam("patient", type_=_UUID),
+    bindparam("expire", type_=DateTime(timezone=True)),
+    *(bindparam(name, type_=_INTS) for name in ("nos", "lane", "start", "end")),
+)
+_KEEP = text(
+    "UPDATE occupancy SET expire_time = NULL WHERE tenant_id = :tenant AND holder_id = :holder"
+    " AND (expire_time IS NULL OR expire_time > clock_timestamp()) RETURNING no"
+).bindparams(*_WHOSE)
+_FREE = text(
+    "DELETE FROM occupancy o USING unnest(:tenants, :holders) AS f(tenant_id, holder_id)"
+    " WHERE o.tenant_id = f.tenant_id AND o.holder_id = f.holder_id"
+).bindparams(bindparam("tenants", type_=_UUIDS), bindparam("holders", type_=_UUIDS))
+
+
+@cache
+def _swap(count: int) -> TextClause:
+    """One statement that goes through `count` numbers in order: each step waits for the one before it."""
+    theirs = "DELETE FROM occupancy WHERE tenant_id = :tenant AND holder_id = ANY(:freed)"
+    steps, gate = [], "TRUE"
+    for n in range(count):
+        steps.append(f"gone{n} AS ({theirs} AND no = :no{n} AND {gate} RETURNING no)")
+        packed = PACKED.format(no=f":no{n}", lane=f":lane{n}")
+        steps.append(
+            f"come{n} AS ({_INSERT} SELECT :tenant, :holder, :no{n}, :lane{n},"
+            f" int8range({packed} + :start{n}, {packed} + :end{n}), :expire"
+            f" WHERE (SELECT count(*) FROM gone{n}) >= 0 AND {_ALIVE} ON CONFLICT DO NOTHING RETURNING no)"
+        )
+        gate = f"(SELECT count(*) FROM come{n}) >= 0"
+    steps.append(f"rest AS ({theirs} AND no <> ALL(:nos) AND {gate} RETURNING no)")
+    taken = " UNION ALL ".join(f"SELECT no FROM come{n}" for n in range(count))
+    return text(f"WITH {', '.join(steps)} {taken}").bindparams(
+        *_WHOSE,
+        bindparam("patient", type_=_UUID),
+        bindparam("freed", type_=_UUIDS),
+        bindparam("nos", type_=_INTS),
+        bindparam("expire", type_=DateTime(timezone=True)),
+        *(bindparam(f"{name}{n}", type_=BigInteger) for n in range(count) for name in Span._fields),
+    )

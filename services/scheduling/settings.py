@@ -1,0 +1,16 @@
+"""What a deployment may set about booking."""
+
+from chassis.settings import Settings
+
+
+class SchedulingSettings(Settings):
+    """Settings of the scheduling service. Times are in seconds."""
+
+    hold_default: float = 300
+    """How long a hold stands where the caller names no time."""
+    offer_lifetime: float = 900
+    """How long an offered slot's token is taken."""
+    no_show_grace: float = 900
+    """After the start; nobody is marked as a no-show before it is over."""
+    walk_in: float = 900
+    """Staff may still book a start that is past by so much, unless the visit type wants notice."""
