@@ -16,7 +16,18 @@ from google.protobuf.message_factory import GetMessageClass
 from chassis.ids import new_id
 
 # One of these fits every pattern of the contract.
-_EXAMPLES = ("a", "A1", "Staff", "en", "2001-02-03", "09:00", "America/New_York", "visit", "https://example.test/x", "00:00")
+_EXAMPLES = (
+    "a",
+    "A1",
+    "Staff",
+    "en",
+    "2001-02-03",
+    "09:00",
+    "America/New_York",
+    "visit",
+    "https://example.test/x",
+    "00:00",
+)
 _MOST = 200
 
 
@@ -39,6 +50,8 @@ def minimal(descriptor: Descriptor, known: Mapping[str, Any] | None = None, *, b
 
 
 def _put_known(request: Message, known: Mapping[str, Any], depth: int = 0) -> None:
+    if request.DESCRIPTOR.full_name.startswith("google."):
+        return
     for field in request.DESCRIPTOR.fields:
         if field.is_repeated:
             if field.name in known and isinstance(known[field.name], list):
@@ -47,8 +60,15 @@ def _put_known(request: Message, known: Mapping[str, Any], depth: int = 0) -> No
             if field.name in known and not isinstance(known[field.name], list):
                 setattr(request, field.name, known[field.name])
         elif depth == 0 and _required(field):
-            getattr(request, field.name).SetInParent()
+            _begin(getattr(request, field.name))
             _put_known(getattr(request, field.name), known, depth + 1)
+
+
+def _begin(message: Any) -> None:
+    """Present; a time lies a week ahead."""
+    message.SetInParent()
+    if message.DESCRIPTOR.full_name == "google.protobuf.Timestamp":
+        message.FromDatetime(datetime.now(UTC) + timedelta(days=7))
 
 
 def _required(field: FieldDescriptor) -> bool:
@@ -61,7 +81,7 @@ def _mend(message: Message, path: list[Any], rule: str, known: Mapping[str, Any]
         field = target.DESCRIPTOR.fields_by_name[element.field_name]
         target = getattr(target, element.field_name)
         if field.is_repeated:
-            target = target[element.index]
+            target = target[element.subscript.value]
     if not path:
         raise AssertionError(f"{message.DESCRIPTOR.full_name} breaks {rule}: give it by hand")
     last = path[-1]
@@ -69,16 +89,14 @@ def _mend(message: Message, path: list[Any], rule: str, known: Mapping[str, Any]
     rules = field.GetOptions().Extensions[validate_pb2.field]
     if field.is_repeated:
         values = getattr(target, field.name)
-        if last.WhichOneof("subscript") == "index":
-            values[last.index] = _value(field, rules.repeated.items, rule, known)
+        if last.subscript is not None:
+            values[last.subscript.value] = _value(field, rules.repeated.items, rule, known)
         elif field.message_type is not None:
             values.add()
         else:
             values.append(_value(field, rules.repeated.items, rule, known))
     elif field.message_type is not None:
-        getattr(target, field.name).SetInParent()
-        if field.message_type.full_name == "google.protobuf.Timestamp":
-            getattr(target, field.name).FromDatetime(datetime.now(UTC) + timedelta(days=7))
+        _begin(getattr(target, field.name))
     else:
         setattr(target, field.name, _value(field, rules, rule, known))
 

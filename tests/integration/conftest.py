@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from chassis.testing.otlp import OtlpReceiver
 from system.run import System
 
 # What a clinic waits for hours, a test must not.
@@ -17,14 +18,22 @@ SHORT: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="session")
-async def systems() -> AsyncIterator[Callable[..., Awaitable[System]]]:
+async def otlp() -> AsyncIterator[OtlpReceiver]:
+    """Receives the spans of the system with Kafka."""
+    async with OtlpReceiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="session")
+async def systems(otlp: OtlpReceiver) -> AsyncIterator[Callable[..., Awaitable[System]]]:
     """`await systems(kafka=True)`: a running system with the sample in it, the same one for the whole session."""
     running: dict[bool, System] = {}
 
     async def running_system(*, kafka: bool) -> System:
         if kafka not in running:
             folder = Path(tempfile.mkdtemp(prefix="care-system-"))
-            system = System(folder, 0, kafka=kafka, overrides=SHORT, durable=False)
+            overrides = {**SHORT, "*": {"otlp_endpoint": otlp.endpoint}} if kafka else SHORT
+            system = System(folder, 0, kafka=kafka, overrides=overrides, durable=False)
             await system.start()
             running[kafka] = system
         return running[kafka]

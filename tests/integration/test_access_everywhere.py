@@ -151,8 +151,10 @@ class Everywhere:
         table = self.harness.servers[service].runtime.tables.access.subject
         async with self.harness.servers[service].database.engine.connect() as connection:
             row = (
-                await connection.execute(table.select().where(table.c.patient_id == self.patient.id))
-            ).mappings().first()
+                (await connection.execute(table.select().where(table.c.patient_id == self.patient.id)))
+                .mappings()
+                .first()
+            )
         return row is not None and any(grant["id"] == staff for grant in row["timed_grants"])
 
 
