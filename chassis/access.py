@@ -3,24 +3,24 @@
 import asyncio
 import contextlib
 import time
+import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from care.access.v1 import access_pb2
-from sqlalchemy import ARRAY, Boolean, Text, Uuid, bindparam, func, text
+from sqlalchemy import ARRAY, Boolean, Text, Uuid, bindparam, delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.sql.elements import TextClause
 
 from chassis.auth import Identity
+from chassis.bus import PARTITIONS, partition_of
 from chassis.errors import Problem, Unauthenticated, Unavailable
 from chassis.tables import Access as AccessTables
 from chassis.wire import to_time
 
-PARTITIONS = 12
-"""Partitions of a topic, fixed at its creation; the heartbeat crosses each."""
 _DENIES_FREE, _DENIES_WINDOW, _DENIES_PAUSE = 20, 10.0, 2.0
 _CALLERS_AT_MOST = 10_000
 
@@ -154,9 +154,16 @@ class Access:
             return known[1]
         stored = await self._stored_principal(key)
         if (stored is None or self._must_confirm(stored["kind"])) and self._owner is not None:
-            answer = await self._owner.principal(*key)
+            try:
+                answer = await self._owner.principal(*key)
+            except Problem as error:
+                raise Unavailable(
+                    "ACCESS_UNCONFIRMED",
+                    "Your login can't be confirmed now since the patients service is away; try again.",
+                ) from error
             async with self._engine.connect() as connection:
                 if answer.HasField("principal"):
+                    await free_login(connection, self.tables, answer.principal)
                     await store_principal(connection, self.tables, answer.principal)
                 for role in answer.roles:
                     await store_role(connection, self.tables, role)
@@ -246,6 +253,12 @@ class Access:
         times.append(now)
         return True
 
+    def granted(self, caller: Caller, asked: int) -> None:
+        """The last `asked` questions were no denies: they don't count."""
+        times = self._denies.get(caller.actor)
+        for _ in range(min(asked, len(times) if times else 0)):
+            times.pop()  # type: ignore[union-attr]
+
     async def read_through(self, tenant_id: str, subject_ids: Sequence[str]) -> None:
         """Fetch access sets from the owner and merge them by version. Raises Unavailable `ACCESS_UNCONFIRMED`."""
         if self._owner is None:
@@ -304,6 +317,36 @@ async def store_principal(db: _Executes, tables: AccessTables, state: access_pb2
     await _merge(db, tables.principal, values, ("tenant_id", "id"), "version")
 
 
+async def free_login(db: _Executes, tables: AccessTables, state: access_pb2.PrincipalState) -> bool:
+    """Drop another login's row that stands in the way of this one: its subject was given on, the event is still to come.
+
+    Answers whether there was one. An older state than the stored one drops nothing.
+    """
+    mine, other = tables.principal.alias(), tables.principal
+    newer = select(mine.c.id).where(
+        mine.c.tenant_id == state.tenant_id, mine.c.id == state.id, mine.c.version >= state.version
+    )
+    gone: Any = await db.execute(
+        delete(other)
+        .where(other.c.tenant_id == state.tenant_id, other.c.issuer == state.issuer, other.c.subject == state.subject)
+        .where(other.c.id != state.id, ~newer.exists())
+    )
+    return bool(gone.rowcount)
+
+
+async def hear_principal(db: _Executes, tables: AccessTables, state: access_pb2.PrincipalState) -> None:
+    """Merge one login that an event told. Two logins' events come in any order: where one subject is claimed by both,
+    neither is kept, and the owner is asked at the next call.
+    """
+    if not await free_login(db, tables, state):
+        await store_principal(db, tables, state)
+        return
+    mine = tables.principal
+    await db.execute(
+        delete(mine).where(mine.c.tenant_id == state.tenant_id, mine.c.id == state.id, mine.c.version < state.version)
+    )
+
+
 async def store_role(db: _Executes, tables: AccessTables, state: access_pb2.RoleState) -> None:
     """Merge one role; an older version changes nothing."""
     values = {
@@ -335,3 +378,14 @@ async def store_heartbeat(db: _Executes, tables: AccessTables, partition: int, t
             set_={"time": func.greatest(tables.heartbeat.c.time, statement.excluded.time)},
         )
     )
+
+
+def heartbeat_keys() -> list[str]:
+    """One key per partition, always the same ones: a heartbeat on each proves that all told before has arrived."""
+    found: dict[int, str] = {}
+    number = 0
+    while len(found) < PARTITIONS:
+        key = str(uuid.uuid5(uuid.NAMESPACE_OID, f"access heartbeat {number}"))
+        found.setdefault(partition_of(key, PARTITIONS), key)
+        number += 1
+    return [found[partition] for partition in range(PARTITIONS)]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from care.audit.v1 import audit_pb2
 from joserfc import jws
+from joserfc.errors import JoseError
 from joserfc.jwk import KeySet, OKPKey
 from sqlalchemy import ARRAY, BigInteger, LargeBinary, Text, Uuid, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -54,6 +55,7 @@ BEGIN
 END $$
 """,
     "CREATE TRIGGER audit_guard BEFORE UPDATE OR DELETE ON audit FOR EACH ROW EXECUTE FUNCTION audit_guard()",
+    "CREATE TRIGGER audit_guard_all BEFORE TRUNCATE ON audit FOR EACH STATEMENT EXECUTE FUNCTION audit_guard()",
     "INSERT INTO audit_head (name, seal, hash) VALUES ('audit', 0, decode('" + GENESIS.hex() + "', 'hex'))",
 )
 
@@ -84,7 +86,7 @@ class Sealer:
         self._task = asyncio.create_task(self._run(), name="sealer")
 
     async def stop(self) -> None:
-        """Seal what is there and end."""
+        """End; what is not sealed yet is sealed after the next start."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -144,7 +146,13 @@ class Verdict(NamedTuple):
 
 async def verify(engine: AsyncEngine, checkpoints: Path | None = None, keys: KeySet | None = None) -> Verdict:
     """Walk the chain from its beginning and compare it with the signed checkpoints."""
-    wanted = dict(_read_checkpoints(checkpoints, keys))
+    wanted: dict[int, bytes] = {}
+    try:
+        for signed, digest in _read_checkpoints(checkpoints, keys):
+            if wanted.setdefault(signed, digest) != digest:
+                return Verdict(0, 0, 0, f"two chains were signed at {signed}: it was forked")
+    except (JoseError, ValueError, KeyError, TypeError):
+        return Verdict(0, 0, 0, f"checkpoint {len(wanted) + 1} is not one that the service signed")
     met = 0
     async with engine.connect() as connection:
         seal, previous = 0, GENESIS
@@ -179,7 +187,10 @@ def _read_checkpoints(file: Path | None, keys: KeySet | None) -> Iterable[tuple[
     if file is None or keys is None or not file.exists():
         return
     for line in file.read_text().split():
-        claim = json.loads(jws.deserialize_compact(line, keys, algorithms=["Ed25519"]).payload or b"")
+        signed = jws.deserialize_compact(line, keys, algorithms=["Ed25519"])
+        claim = json.loads(signed.payload or b"")
+        if signed.headers().get("kid") != claim["service"]:
+            raise ValueError("signed by another service")
         yield claim["seal"], bytes.fromhex(claim["hash"])
 
 

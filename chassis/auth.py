@@ -24,6 +24,8 @@ _SERVICES = "care-services"
 _LEEWAY = 5.0
 _CACHED_AT_MOST = 20_000
 _REFRESH_NOT_BEFORE = 10.0
+# What a file or an answer that is no key set may raise.
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, JoseError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,11 @@ class Verifier:
         keys = self._keys.get(issuer)
         if keys is None:
             raise Unauthenticated("TOKEN_INVALID", "The token's issuer is not known here.")
+        known = await keys.get()
         try:
-            claims = jwt.decode(token, await keys.get(), algorithms=_ALGORITHMS).claims
+            claims = jwt.decode(token, known, algorithms=_ALGORITHMS).claims
         except (JoseError, ValueError) as error:
-            fresh = await keys.refresh()
+            fresh = await keys.refresh(known)
             if fresh is None:
                 raise Unauthenticated("TOKEN_INVALID", "The token can't be verified.") from error
             try:
@@ -102,16 +105,13 @@ class Verifier:
         return Identity(tenant, issuer, subject, expires, token)
 
     def _read_service(self, token: str, now: float) -> Identity:
-        keys = self._service_keys
-        if keys is None:
-            if self._service_keys_file is None:
-                raise Unauthenticated("TOKEN_INVALID", "Credentials of services are not known here.")
-            keys = self._service_keys = KeySet.import_key_set(json.loads(self._service_keys_file.read_text()))
         try:
-            decoded = jwt.decode(token, keys, algorithms=["Ed25519"])
-        except (JoseError, ValueError) as error:
-            self._service_keys = None  # read again next time: keys are rotated by replacing the file
-            raise Unauthenticated("TOKEN_INVALID", "The token can't be verified.") from error
+            decoded = jwt.decode(token, self._service_keys or self._read_service_keys(), algorithms=["Ed25519"])
+        except (JoseError, ValueError):
+            try:  # keys are rotated by replacing the file
+                decoded = jwt.decode(token, self._read_service_keys(), algorithms=["Ed25519"])
+            except (JoseError, ValueError) as error:
+                raise Unauthenticated("TOKEN_INVALID", "The token can't be verified.") from error
         expires = _checked(decoded.claims, _SERVICES, "care", now)
         service = str(decoded.claims.get("sub", ""))
         # Each service signs with its own key: one that is stolen speaks for nobody else.
@@ -119,12 +119,24 @@ class Verifier:
             raise Unauthenticated("TOKEN_INVALID", "The token's key belongs to another service.")
         return Identity("", _SERVICES, f"system:{service}", expires, token, service)
 
+    def _read_service_keys(self) -> KeySet:
+        if self._service_keys_file is None:
+            raise Unauthenticated("TOKEN_INVALID", "Credentials of services are not known here.")
+        try:
+            keys = KeySet.import_key_set(json.loads(self._service_keys_file.read_text()))
+        except (OSError, *_UNREADABLE) as error:
+            if self._service_keys is None:
+                raise Unavailable("ISSUER_UNAVAILABLE", "The services' keys can't be read now; try again.") from error
+            return self._service_keys
+        self._service_keys = keys
+        return keys
+
 
 def _unverified_issuer(token: str) -> str:
     try:
         claims = json.loads(_part(token, 1))
         issuer = claims["iss"]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise Unauthenticated("TOKEN_INVALID", "The token is not a signed JWT.") from error
     return str(issuer)
 
@@ -140,13 +152,13 @@ def _checked(claims: dict[str, Any], issuer: str, audience: str, now: float) -> 
     expires = claims.get("exp")
     if not isinstance(expires, int | float):
         raise Unauthenticated("TOKEN_INVALID", "The token has no end.")
-    if expires + _LEEWAY < now:
+    if not expires + _LEEWAY >= now:  # so that NaN is refused
         raise Unauthenticated("TOKEN_EXPIRED", "The token has expired; sign in again.")
     not_before = claims.get("nbf", 0)
     if not isinstance(not_before, int | float) or not_before - _LEEWAY > now:
         raise Unauthenticated("TOKEN_INVALID", "The token is not valid yet.")
     audiences = claims.get("aud", [])
-    if audience not in ([audiences] if isinstance(audiences, str) else audiences):
+    if audience not in (audiences if isinstance(audiences, list) else [audiences]):
         raise Unauthenticated("TOKEN_INVALID", "The token is meant for another audience.")
     if claims.get("iss") != issuer:
         raise Unauthenticated("TOKEN_INVALID", "The token's issuer is not known here.")
@@ -169,9 +181,11 @@ class _Keys:
             raise Unavailable("ISSUER_UNAVAILABLE", "The issuer's keys can't be read now; try again.")
         return self._set
 
-    async def refresh(self) -> KeySet | None:
-        """The keys read anew, or None where that was tried a moment ago or failed."""
+    async def refresh(self, known: KeySet | None = None) -> KeySet | None:
+        """The keys read anew, also by somebody else since they were `known`; None where that was tried a moment ago or failed."""
         async with self._lock:  # one refresh for a stampede
+            if self._set is not known:
+                return self._set
             if time.monotonic() - self._tried_at < _REFRESH_NOT_BEFORE:
                 return None
             self._tried_at = time.monotonic()
@@ -184,7 +198,7 @@ class _Keys:
                         answer.raise_for_status()
                         text = answer.text
                 self._set = KeySet.import_key_set(json.loads(text))
-            except (OSError, ValueError, httpx2.HTTPError, JoseError):
+            except (OSError, httpx2.HTTPError, *_UNREADABLE):
                 return None
             return self._set
 

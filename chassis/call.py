@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message
@@ -118,7 +118,9 @@ class Call:
         Raises NotFound where it is absent or out of sight (one answer for both), Aborted `ETAG_MISMATCH` where `etag`
         is given and another.
         """
-        found = await self.one(model, by_id(model, self.tenant_id, row_id))
+        unsure = model.subject_field is not None and self._unsure() and not self.confirmed
+        # Not sure enough to say no: whom the id is about is confirmed first, alike for one that doesn't exist.
+        found = None if unsure else await self.one(model, by_id(model, self.tenant_id, row_id))
         if found is None:
             raise await self._out_of_sight(model, row_id, what)
         self.saw(found.subject_id)
@@ -128,8 +130,7 @@ class Call:
 
     async def one(self, model: type[A], *where: ColumnElement[bool]) -> A | None:
         """The only row that the caller may see under a condition, or None."""
-        conditions = self._conditions() if model.subject_field is not None and self.caller.kind != "system" else None
-        if conditions is not None and not conditions["plain"] and not self.confirmed:
+        if model.subject_field is not None and self._unsure() and not self.confirmed:
             # Not sure enough to say no: the subject of the row, if there is one, is confirmed first.
             owner = getattr(model, model.subject_field or "")
             found = await self.db.execute(select(owner).where(model.tenant_id == self.tenant_id, *where))
@@ -180,7 +181,7 @@ class Call:
             self._refuse_link()
             query = query.where(visible(None, self._conditions()))
         if (await self.db.execute(query)).first() is None:
-            raise NeedSubject([patient_id])
+            raise NeedSubject([patient_id], stale=self._unsure())
 
     async def page(
         self,
@@ -255,6 +256,10 @@ class Call:
     def _conditions(self) -> dict[str, Any]:
         return self.runtime.access.conditions(self.caller, self.method.rule.permission, self.confirmed)
 
+    def _unsure(self) -> bool:
+        """Whether the projection is too old for this caller."""
+        return self.caller.kind not in ("system", "link") and not self._conditions()["plain"]
+
     def _refuse_link(self) -> None:
         if self.caller.kind == "link":
             raise AssertionError("a link names its own row only: use by_link")
@@ -265,7 +270,7 @@ class Call:
         # Whose record it is, to read that through; for an id that doesn't exist the same calls are made with the id.
         column = getattr(model, model.subject_field)
         owner = (await self.db.execute(select(column).where(by_id(model, self.tenant_id, row_id)))).scalar_one_or_none()
-        return NeedSubject([owner or row_id])
+        return NeedSubject([owner or row_id], stale=self._unsure())
 
 
 def model_owner(row: Aggregate) -> str:
@@ -294,12 +299,14 @@ def _shape(request: Message) -> str:
     for name in ("page_token", "page_size"):
         if name in request.DESCRIPTOR.fields_by_name:
             bare.ClearField(name)
-    return hashlib.blake2b(bare.SerializeToString(deterministic=True), digest_size=8).hexdigest()
+    # With its name: two lists' requests may well look alike.
+    query = request.DESCRIPTOR.full_name.encode() + b"\0" + bare.SerializeToString(deterministic=True)
+    return hashlib.blake2b(query, digest_size=8).hexdigest()
 
 
 def _read_key(column: InstrumentedAttribute[Any], value: Any) -> Any:
-    read = datetime.fromisoformat(value) if column.type.python_type is datetime else value
-    return literal(read, column.type)
+    kind = column.type.python_type
+    return literal(kind.fromisoformat(value) if kind in (datetime, date) else value, column.type)
 
 
 __all__: Sequence[str] = ["Call", "missing", "require_etag"]

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
+from chassis.errors import Aborted
 from chassis.ids import new_id
 from chassis.model import Act, Told, listen
 from chassis.settings import Settings
@@ -55,10 +56,19 @@ class Telling:
             payload=payload.SerializeToString(),
         )
         if act is not None:
-            built.time.FromDatetime(act.now.replace(tzinfo=None))
+            built.time.FromDatetime(act.now)
         else:
             built.time.GetCurrentTime()
         return built
+
+
+class _Twins:
+    """Calls with one key: one at a time, and how many have ended."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.here = 0
+        self.ended = 0
 
 
 class Database:
@@ -72,7 +82,8 @@ class Database:
         # SQLAlchemy's pool is unfair: a queue in front of it cut p99 to a third.
         self._room = asyncio.Semaphore(settings.pool_size)
         self._waited = telemetry.watch_pool(self.engine)
-        self._twins: dict[tuple[str, ...], tuple[asyncio.Lock, list[None]]] = {}
+        self._twins: dict[tuple[str, ...], _Twins] = {}
+        self._twin_patience = settings.lock_timeout
         self.deadlocks = Counter("care_deadlocks", "Deadlocks: each is a defect.", registry=telemetry.registry)
         self.audit = AuditLog(self._autocommit, telemetry)
 
@@ -124,15 +135,30 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def twins(self, key: tuple[str, ...]) -> AsyncIterator[None]:
-        """Twins of one request queue here: on the unique index they would pin a connection each."""
-        lock, waiting = self._twins.setdefault(key, (asyncio.Lock(), []))
-        waiting.append(None)
+        """Twins of one request queue here, before they take a place: on the unique index they would pin a connection each.
+
+        Raises Aborted `IN_PROGRESS` where none of them has ended for `lock_timeout`.
+        """
+        twins = self._twins.setdefault(key, _Twins())
+        twins.here += 1
         try:
-            async with lock:
+            while True:
+                ended = twins.ended
+                try:
+                    async with asyncio.timeout(self._twin_patience):
+                        await twins.lock.acquire()
+                    break
+                except TimeoutError:
+                    if twins.ended == ended:
+                        raise in_progress() from None
+            try:
                 yield
+            finally:
+                twins.ended += 1
+                twins.lock.release()
         finally:
-            waiting.pop()
-            if not waiting:
+            twins.here -= 1
+            if not twins.here:
                 self._twins.pop(key, None)
 
     async def finish(self, db: AsyncSession, entry: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
@@ -164,13 +190,13 @@ class Database:
             payload=payload.SerializeToString(),
         )
         if act is not None:
-            built.time.FromDatetime(act.now.replace(tzinfo=None))
+            built.time.FromDatetime(act.now)
         values = {"keys": [key], "values": [built.SerializeToString()], "traceparents": [built.traceparent]}
         await db.execute(_OUTBOX, {"topic": self.telling.topic, **values})
         db.info["woke"] = True
 
     def _outbox(self, session: Session) -> tuple[list[str], list[bytes], list[str]]:
-        told: Sequence[Told] = session.info.pop("told", [])
+        told: Sequence[Told] = sorted(session.info.pop("told", []), key=lambda one: one.order)
         if told:
             session.info["woke"] = True
         act, traceparent = session.info.get("act"), current_traceparent()
@@ -213,6 +239,8 @@ class AuditLog:
         self._engine = engine
         self._log = telemetry.log
         self._buffer: list[dict[str, Any]] = []
+        self._refusals: list[dict[str, Any]] = []
+        self._one_at_a_time = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     async def read(self, db: AsyncSession, entry: dict[str, Any], *, at_once: bool) -> None:
@@ -220,14 +248,26 @@ class AuditLog:
         if at_once or len(self._buffer) >= _AUDIT_BUFFER_AT_MOST:
             await db.execute(_AUDIT, entry)
         else:
-            self._buffer.append({**entry})
+            self.later(entry)
+
+    def later(self, entry: dict[str, Any]) -> None:
+        """Note it within half a second."""
+        self._buffer.append({**entry})
 
     async def refused(self, entry: dict[str, Any]) -> None:
         """Note a refusal. Where the database is away the refusal stands in the log alone."""
+        self._refusals.append(entry)
         try:
-            async with asyncio.timeout(2), self._engine.connect() as connection:
-                await connection.execute(_AUDIT, entry)
+            # Losers of a race come in crowds: whoever gets the turn writes for all that wait, on one connection.
+            async with asyncio.timeout(2), self._one_at_a_time:
+                if any(one is entry for one in self._refusals):
+                    rows = list(self._refusals)
+                    async with self._engine.connect() as connection:
+                        await connection.execute(_AUDIT_ONCE, rows)
+                    written = {id(one) for one in rows}
+                    self._refusals[:] = [one for one in self._refusals if id(one) not in written]
         except Exception as error:
+            self._refusals[:] = [one for one in self._refusals if one is not entry]
             self._log.error("refusal not audited", method=entry["method"], error=type(error).__name__)
 
     def start(self) -> None:
@@ -253,8 +293,13 @@ class AuditLog:
             return
         rows = list(self._buffer)
         async with self._engine.connect() as connection:
-            await connection.execute(_AUDIT, rows)
+            await connection.execute(_AUDIT_ONCE, rows)
         del self._buffer[: len(rows)]
+
+
+def in_progress() -> Aborted:
+    """What a twin is told that waited too long for its sibling."""
+    return Aborted("IN_PROGRESS", "The same change is under way; try again in a moment.")
 
 
 def engine(settings: Settings, *, application: str) -> AsyncEngine:
@@ -301,6 +346,10 @@ _ENTRY_TYPES: dict[str, Any] = {"id": _UUID, "tenant_id": _UUID, "subject_ids": 
 _AUDIT = text(
     f"INSERT INTO audit ({', '.join(_ENTRY)}) VALUES ({', '.join(':' + name for name in _ENTRY)})"
 ).bindparams(*(bindparam(name, type_=_ENTRY_TYPES.get(name, Text)) for name in _ENTRY))
+# What is written from a buffer may be written again: a connection can be lost after the commit, a task ended.
+_AUDIT_ONCE = text(f"{_AUDIT.text} ON CONFLICT (id) DO NOTHING").bindparams(
+    *(bindparam(name, type_=_ENTRY_TYPES.get(name, Text)) for name in _ENTRY)
+)
 _OUTBOX_TYPES = (
     bindparam("keys", type_=ARRAY(Text)),
     bindparam("values", type_=ARRAY(LargeBinary)),

@@ -22,7 +22,7 @@ class Problem(Exception):
         super().__init__(reason)
         self.reason = reason
         self.message = message
-        self.metadata = metadata
+        self.metadata = {name: str(value) for name, value in metadata.items()}
 
 
 class Invalid(Problem):
@@ -108,6 +108,14 @@ class Internal(Problem):
         super().__init__("INTERNAL", "This is a defect of the service; its log holds the trace id.")
 
 
+class LostRace(Exception):
+    """Somebody else was faster, but a new transaction may find another way: it is tried anew, then `problem` is told."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.reason)
+        self.problem = problem
+
+
 _CLASSES: dict[StatusCode, type[Problem]] = {
     cls.code: cls
     for cls in (
@@ -167,7 +175,8 @@ def _foreign(code: StatusCode) -> Problem:
 
 
 def _problem(code: StatusCode, reason: str, message: str, metadata: dict[str, str]) -> Problem:
-    problem = Problem(reason, message, **metadata)
+    problem = Problem(reason, message)
+    problem.metadata = metadata  # not as keywords: another build may have any names
     cls = _CLASSES.get(code)
     if cls is not None:
         problem.__class__ = cls

@@ -36,7 +36,12 @@ class Lifecycle:
         for arrow in self.arrows:
             if arrow.action == action and (status in arrow.sources or (not arrow.sources and status is None)):
                 return arrow
-        name = status.name if status is not None else "new"
-        raise FailedPrecondition(
-            "ILLEGAL_TRANSITION", f"{action} is not possible in status {name}.", action=action, status=name
-        )
+        raise illegal(action, status)
+
+
+def illegal(action: str, status: Enum | None) -> FailedPrecondition:
+    """The refusal of an action that the present status doesn't allow."""
+    name = status.name if status is not None else "new"
+    return FailedPrecondition(
+        "ILLEGAL_TRANSITION", f"{action} is not possible in status {name}.", action=action, status=name
+    )

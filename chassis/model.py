@@ -1,6 +1,7 @@
 """What every aggregate has: tenant, version, times, history, and the events it tells."""
 
 import enum
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, ClassVar
@@ -15,16 +16,17 @@ from sqlalchemy import (
     Uuid,
     and_,
     event,
+    func,
     text,
 )
 from sqlalchemy import Enum as EnumType
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, declared_attr, mapped_column
-from sqlalchemy.orm.attributes import flag_modified
+from sqlalchemy.orm.attributes import flag_modified, instance_state
 
 from chassis import tables
 from chassis.ids import new_id
-from chassis.lifecycle import Lifecycle
+from chassis.lifecycle import Lifecycle, illegal
 
 # Constraint names are part of the contract: reasons are looked up by them.
 _NAMING = {
@@ -70,8 +72,8 @@ Ids = ARRAY(Uuid(as_uuid=False))
 
 
 def status_type(statuses: type[enum.Enum]) -> EnumType:
-    """Column type of a status: its FHIR name as text."""
-    return EnumType(statuses, native_enum=False, length=40, create_constraint=False, validate_strings=True)
+    """Column type of a status: its FHIR name as text. A filter by a status that doesn't exist finds nothing."""
+    return EnumType(statuses, native_enum=False, length=40, create_constraint=False, validate_strings=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,8 @@ class Told:
     extra: dict[str, Any]
     version: int = 0
     labels: list[str] = field(default_factory=list)
+    order: int = field(default_factory=time.perf_counter_ns)
+    """Rows are flushed in no order; events of one transaction are told as they happened."""
 
 
 class Owned:
@@ -142,8 +146,10 @@ class Aggregate(Owned):
         """
         told: list[Told] = self.__dict__.setdefault("_told", [])
         told.append(Told(self, what if "." in what else f"{self.aggregate}.{what}", extra))
-        if "_sa_instance_state" in self.__dict__ and "update_time" in self.__dict__:
+        if "update_time" in self.__dict__:
             flag_modified(self, "update_time")
+        elif instance_state(self).persistent:  # expired or deferred: marked without reading it
+            self.update_time = func.clock_timestamp()
 
 
 class Living(Aggregate):
@@ -158,7 +164,7 @@ class Living(Aggregate):
         """
         status = getattr(self, self.status_field, None)
         arrow = self.lifecycle.arrow(action, status)
-        target = arrow.target if arrow.target is not None else self._before_last()
+        target = arrow.target if arrow.target is not None else self._before_last(action)
         setattr(self, self.status_field, target)
         step = {
             "action": action,
@@ -174,9 +180,18 @@ class Living(Aggregate):
 
     status_field: ClassVar[str] = "status"
 
-    def _before_last(self) -> enum.Enum:
+    def _before_last(self, action: str) -> enum.Enum:
         statuses: type[enum.Enum] = type(getattr(self, self.status_field))
-        return statuses[self.history[-1]["from_status"]]
+        undoing = {arrow.action for arrow in self.lifecycle if arrow.target is None}
+        steps: list[dict[str, Any]] = []
+        for step in self.history:  # a step that was taken back is no longer there to be taken back
+            if step["action"] in undoing:
+                del steps[-1:]
+            else:
+                steps.append(step)
+        if not steps or not steps[-1]["from_status"]:  # nothing came before that it could go back to
+            raise illegal(action, getattr(self, self.status_field))
+        return statuses[steps[-1]["from_status"]]
 
     @property
     def last_step(self) -> dict[str, Any]:
@@ -188,13 +203,13 @@ def stamp(session: Session) -> None:
     """Before a flush: put the act's time and actor on what changed, and collect what was told."""
     act: Act | None = session.info.get("act")
     told: list[Told] = session.info.setdefault("told", [])
-    for row in list(session.new) + list(session.dirty):
+    for row in [*session.new, *session.dirty, *session.deleted]:
         if not isinstance(row, Aggregate):
             continue
         if act is not None:
             if row in session.new:
                 row.create_time = row.create_time or act.now
-            if row in session.new or session.is_modified(row):
+            if row not in session.deleted and (row in session.new or session.is_modified(row)):
                 row.update_time = act.now
             for step in row.__dict__.pop("_steps", ()):
                 step.update(

@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
+import re
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -15,11 +17,12 @@ from care.options.v1 import options_pb2
 from care.type.v1 import type_pb2
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 from opentelemetry.trace import get_current_span
 from sqlalchemy import ARRAY, LargeBinary, Text, Uuid, bindparam, text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.exc import StaleDataError
 
@@ -27,13 +30,14 @@ from chassis.access import Access, Caller, NeedSubject
 from chassis.auth import Identity, Verifier
 from chassis.call import Call, missing
 from chassis.clients import Clients
-from chassis.database import Database
+from chassis.database import Database, in_progress
 from chassis.errors import (
     Aborted,
     AlreadyExists,
     DeadlineExceeded,
     Internal,
     Invalid,
+    LostRace,
     NotFound,
     PermissionDenied,
     Problem,
@@ -49,6 +53,8 @@ from chassis.telemetry import RpcSpan, Telemetry
 from chassis.timers import LoopMetrics, RunningLoop
 
 _MAX_CONFLICTS = 3
+_READ_THROUGHS = 3
+_ACTOR = re.compile(r"(staff|patient|related):[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class Method:
@@ -65,6 +71,8 @@ class Method:
         self.writes = level != descriptor.GetOptions().NO_SIDE_EFFECTS
         # A page of a list is noted within a second; all else before the answer.
         self.listing = not self.writes and descriptor.name.startswith(("List", "BatchGet"))
+        # Its items open sessions of their own: were it to hold a place meanwhile, a few of them would wait for ever.
+        self.joins = descriptor.containing_service.full_name == "care.batch.v1.BatchService"
         self.has_request_id = "request_id" in descriptor.input_type.fields_by_name
         self.has_source = "source" in descriptor.input_type.fields_by_name
         self.has_tenant = "tenant_id" in descriptor.input_type.fields_by_name
@@ -123,6 +131,7 @@ class Exchange:
     looked: bool = False
     call: Call | None = None
     db: AsyncSession | None = None
+    key: dict[str, str] = field(default_factory=dict)
     replayed: bool = False
 
 
@@ -142,7 +151,7 @@ async def authenticate(exchange: Exchange, proceed: Proceed) -> Message:
         tenant = exchange.credentials.tenant_id
         if exchange.method.has_tenant:
             tenant = exchange.request.tenant_id  # type: ignore[attr-defined]
-        exchange.caller = Caller("system", identity.service, tenant)
+        exchange.caller = Caller("system", identity.service, tenant if _is_uuid(tenant) else "")
     return await proceed(exchange)
 
 
@@ -150,6 +159,10 @@ async def permit(exchange: Exchange, proceed: Proceed) -> Message:
     """The RPC's own rule. Before validation, so that a refused caller learns nothing of the request's shape."""
     caller, rule, identity = exchange.caller, exchange.method.rule, exchange.identity
     assert caller is not None and identity is not None
+    on_behalf_of = exchange.credentials.on_behalf_of
+    if on_behalf_of and (identity.service is None or not _ACTOR.fullmatch(on_behalf_of)):
+        # It ends up in history and audit: only our own services may say so, and only by ids.
+        raise PermissionDenied("ON_BEHALF_OF_REFUSED", "Only services may say on whose behalf they call.")
     if identity.service is not None:
         if identity.service not in rule.callers:
             raise PermissionDenied("CALLER_NOT_ALLOWED", "This service may not call this RPC.")
@@ -175,33 +188,44 @@ async def validate(exchange: Exchange, proceed: Proceed) -> Message:
 
 
 async def see(exchange: Exchange, proceed: Proceed) -> Message:
-    """Outside the transaction, since an RPC inside one holds its connection: read through on a miss, once."""
-    access = exchange.runtime.access
-    try:
-        return await proceed(exchange)
-    except NeedSubject as need:
-        assert exchange.caller is not None
-        allowed = not access.is_owner and (need.stale or access.may_read_through(exchange.caller))
-        if not allowed and not need.optional:
-            raise NotFound from None
+    """Outside the transaction, since an RPC inside one holds its connection: read through on a miss, once per subject."""
+    access, caller = exchange.runtime.access, exchange.caller
+    assert caller is not None
+    asked = 0
+    while True:
+        try:
+            answer = await proceed(exchange)
+            if not exchange.looked:  # found in the end, so it was no deny
+                access.granted(caller, asked)
+            return answer
+        except NeedSubject as need:
+            exchange.looked = exchange.looked or need.optional
+            fresh = [one for one in need.subject_ids if one not in exchange.confirmed]
+            allowed = bool(fresh) and not access.is_owner and asked < _READ_THROUGHS
+            if allowed and not access.may_read_through(caller):
+                if need.stale:
+                    exchange.runtime.refuse_stale()
+                allowed = False
+            if not allowed and not need.optional:
+                raise NotFound from None
         if allowed:
-            await access.read_through(exchange.caller.tenant_id, need.subject_ids)
-            exchange.confirmed = need.subject_ids
-        exchange.looked = True
-    try:
-        return await proceed(exchange)
-    except NeedSubject:
-        raise NotFound from None
+            await access.read_through(caller.tenant_id, fresh)
+            asked += 1
+            exchange.confirmed = [*exchange.confirmed, *fresh]
 
 
 async def audit(exchange: Exchange, proceed: Proceed) -> Message:
     """A refusal leaves its row too, after the transaction is gone; successes are written inside it."""
     try:
         return await proceed(exchange)
-    except Problem as problem:
+    except Exception as error:
+        # Here and not further out: beyond the deadline's own TimeoutError nothing tells it from a driver's.
+        problem = translated(error, exchange.runtime)
         if exchange.identity is not None:
             await exchange.runtime.database.audit.refused(entry(exchange, problem.code.name))
-        raise
+        if problem is error:
+            raise
+        raise problem from error
 
 
 async def transact(exchange: Exchange, proceed: Proceed) -> Message:
@@ -214,24 +238,55 @@ async def transact(exchange: Exchange, proceed: Proceed) -> Message:
         )
         call.on_behalf_of = exchange.credentials.on_behalf_of
         if method.has_source:
-            call.source = type_pb2.Source.Code.Name(exchange.request.source)  # type: ignore[attr-defined]
+            call.source = _source(exchange.request.source)  # type: ignore[attr-defined]
         try:
+            if method.joins:
+                answer = await proceed(exchange)
+                runtime.database.audit.later(entry(exchange, "OK"))
+                return answer
             if not method.writes:
                 async with runtime.database.reading() as db:
                     call.begin(db)
                     answer = await proceed(exchange)
                     await runtime.database.audit.read(db, entry(exchange, "OK"), at_once=not method.listing)
                 return answer
-            async with runtime.database.writing() as db:
+            key = exchange.key = _key(call)
+            # Queue first, then take a place: 64 twins must not hold all of them.
+            async with runtime.database.twins(tuple(key.values())), runtime.database.writing() as db:
                 exchange.db = db
                 return await proceed(exchange)
         except StaleDataError as error:
             raise Aborted("CHANGED_MEANWHILE", "Somebody else has changed it; read it again.") from error
+        except LostRace as lost:
+            if attempt + 1 < _MAX_CONFLICTS:
+                continue
+            raise lost.problem from None
         except DBAPIError as error:
             if sqlstate(error) == "40001" and attempt + 1 < _MAX_CONFLICTS:
                 continue
             raise translated(error, runtime) from error
     raise AssertionError
+
+
+def _key(call: Call) -> dict[str, str]:
+    actor = call.actor
+    if call.caller.kind == "link":  # whoever holds a link is somebody of his own
+        actor += ":" + hashlib.blake2b(getattr(call.request, "token", "").encode(), digest_size=16).hexdigest()
+    return {
+        "tenant": call.tenant_id or _NO_TENANT,
+        "actor": actor,
+        "method": call.method.name,
+        "request_id": getattr(call.request, "request_id", "") or new_id(),
+    }
+
+
+def _source(number: int) -> str:
+    known = type_pb2.Source.Code.DESCRIPTOR.values_by_number.get(number)
+    if known is None:
+        raise Invalid(
+            "FIELD_INVALID", "source breaks the rule enum.defined_only.", field="source", rule="enum.defined_only"
+        )
+    return str(known.name)
 
 
 async def deduplicate(exchange: Exchange, proceed: Proceed) -> Message:
@@ -244,29 +299,21 @@ async def deduplicate(exchange: Exchange, proceed: Proceed) -> Message:
         return await proceed(exchange)
     db = exchange.db
     assert call is not None and db is not None
-    request_id = getattr(exchange.request, "request_id", "") or new_id()
-    digest = _body_hash(exchange.request)
-    key = {
-        "tenant": call.tenant_id or _NO_TENANT,
-        "actor": call.actor,
-        "method": method.name,
-        "request_id": request_id,
-    }
-    async with runtime.database.twins(tuple(key.values())):
-        claimed = (await db.execute(_CLAIM, {**key, "hash": digest})).first()
-        if claimed is None:
-            return await _replay(exchange, call, db, key, digest)
-        call.begin(db, claimed.create_time)
-        answer = await proceed(exchange)
-        await db.flush()
-        # Refused work leaves by an exception, so only answers are stored.
-        await runtime.database.finish(
-            db,
-            entry(exchange, "OK"),
-            {**key, "response": answer.SerializeToString(), "subjects": list(call.subject_ids)},
-        )
-        # The twin that waits must find the claim: the lock is held until the commit.
-        await db.commit()
+    key, digest = exchange.key, _body_hash(exchange.request)
+    claimed = (await db.execute(_CLAIM, {**key, "hash": digest})).first()
+    if claimed is None:
+        return await _replay(exchange, call, db, key, digest)
+    call.begin(db, claimed.create_time)
+    answer = await proceed(exchange)
+    await db.flush()
+    # Refused work leaves by an exception, so only answers are stored.
+    await runtime.database.finish(
+        db,
+        entry(exchange, "OK"),
+        {**key, "response": answer.SerializeToString(), "subjects": list(call.subject_ids)},
+    )
+    # The twin that waits must find the claim: it gets its turn only after the commit.
+    await db.commit()
     return answer
 
 
@@ -277,7 +324,10 @@ async def _replay(exchange: Exchange, call: Call, db: Any, key: dict[str, Any], 
             "IDEMPOTENCY_KEY_REUSED", "This request_id (Idempotency-Key) was used with another request; take a new one."
         )
     call.begin(db)
-    if call.caller.kind != "link":  # a link's token is part of the request that is the same
+    # A link's token is part of the request that is the same; what looks at the whole tenant asked for no relation.
+    if call.caller.kind == "link" or exchange.method.rule.tenant_wide:
+        call.saw(*stored.subject_ids)
+    else:
         for subject in stored.subject_ids:  # access may have ended since
             await call.subject(subject)
     exchange.replayed = True
@@ -346,8 +396,9 @@ class Pipeline:
                 span.set_code(grpc.StatusCode.OK)
                 return answer
             except Problem as error:
-                span.set_code(error.code, reason=error.reason)
-                self._note(exchange, error.code.name, error.reason, error.__cause__)
+                cause = error.__cause__
+                span.set_code(error.code, reason=error.reason, error=cause if isinstance(error, Internal) else None)
+                self._note(exchange, error.code.name, error.reason, cause)
                 raise
             except TimeoutError as error:
                 span.set_code(grpc.StatusCode.DEADLINE_EXCEEDED, reason="DEADLINE_EXCEEDED")
@@ -404,7 +455,11 @@ class Pipeline:
             if method is None or method.writes or not method.rule.permission:
                 raise Invalid("NOT_BATCHABLE", "Only reads of this service can be batched.")
             metadata = (("traceparent", traceparent),) if traceparent else ()
-            answer = await self.invoke(method, method.request.FromString(body), credentials, metadata=metadata)
+            try:
+                request = method.request.FromString(body)
+            except DecodeError:
+                raise Invalid("REQUEST_UNREADABLE", "The request is no message of this RPC.") from None
+            answer = await self.invoke(method, request, credentials, metadata=metadata)
         except Problem as problem:
             return problem.code.value[0], to_status(problem).SerializeToString()
         return 0, answer.SerializeToString()
@@ -460,8 +515,8 @@ def translated(error: BaseException, runtime: Runtime) -> Problem:
     """What a caller is told of an error: by constraint or SQLSTATE, never in the driver's words, which hold values."""
     if isinstance(error, Problem):
         return error
-    if isinstance(error, IntegrityError | DBAPIError):
-        cause = getattr(error.orig, "__cause__", None)
+    if isinstance(error, DBAPIError | pg.PostgresError):  # the latter where no connection could be had
+        cause = getattr(getattr(error, "orig", None), "__cause__", None)
         constraint = getattr(cause, "constraint_name", None) or ""
         if constraint in runtime.reasons:
             cls, reason, message = runtime.reasons[constraint]
@@ -470,16 +525,27 @@ def translated(error: BaseException, runtime: Runtime) -> Problem:
         if state == "23503" and constraint.endswith("_subject_fkey"):
             return NotFound()
         if state == "55P03":
-            return Aborted("IN_PROGRESS", "The same change is under way; try again in a moment.")
+            return in_progress()
+        if state == "40001":
+            return Aborted("CHANGED_MEANWHILE", "Somebody else has changed it; read it again.")
         if state == "40P01":
             runtime.database.deadlocks.inc()
-        if state[:2] in ("08", "53", "57") or state == "40001" or error.connection_invalidated:
+        if state[:2] in ("08", "53", "57") or getattr(error, "connection_invalidated", False):
             return Unavailable("DATABASE_UNAVAILABLE", "The database does not answer; try again.")
         if isinstance(cause, pg.DataError):
             return Invalid("VALUE_REFUSED", "A value can't be stored.")
-    if isinstance(error, OSError | ConnectionError):
+    elif isinstance(error, StatementError) and isinstance(error.orig, ValueError | LookupError | OverflowError):
+        return Invalid("VALUE_REFUSED", "A value can't be stored.")  # refused on its way to the driver
+    if isinstance(error, OSError | PoolTimeoutError):  # TimeoutError is an OSError
         return Unavailable("DATABASE_UNAVAILABLE", "The database does not answer; try again.")
     return Internal()
+
+
+def _is_uuid(value: str) -> bool:
+    try:
+        return str(uuid.UUID(value)) == value.lower()
+    except ValueError:
+        return False
 
 
 def _path(path: Any) -> str:

@@ -24,7 +24,7 @@ from sqlalchemy.orm import DeclarativeBase
 
 from chassis import access as accesses
 from chassis import migrations
-from chassis.access import PARTITIONS, Access
+from chassis.access import Access
 from chassis.auditing import AuditServicer, Sealer
 from chassis.auth import Credential, Verifier
 from chassis.batch import BatchServicer
@@ -39,6 +39,7 @@ from chassis.relay import Relay
 from chassis.settings import Settings
 from chassis.telemetry import MetricsServer, Telemetry, serve_metrics
 from chassis.timers import Loop, RunningLoop
+from chassis.wire import to_time
 
 Reasons = Mapping[str, tuple[type[Problem], str, str]]
 
@@ -274,19 +275,31 @@ class Server:
         """Keep what grows with time bounded: answers for replays, marks of old events."""
         while True:
             with contextlib.suppress(Exception):  # a database that is away is tidied later
+                await self._forget_old_keys()
                 async with self.database.acting(f"system:{self.service.name}") as db:
-                    await db.execute(_OLD_KEYS, {"hours": self.settings.idempotency_hours})
                     await db.execute(_OLD_BEATS)
                 # Longer than the bus keeps events: a redelivery must find its mark.
-                await trim_inbox(self.database.engine, 31 * _DAY)
+                while await trim_inbox(self.database.engine, 31 * _DAY, _TIDY) == _TIDY:
+                    pass
                 await self.bus.trim(30 * _DAY)
             await asyncio.sleep(600)
 
+    async def _forget_old_keys(self) -> int:
+        """In small transactions, until none is left: a busy day brings more than one batch in ten minutes."""
+        gone, batch = 0, _TIDY
+        while batch == _TIDY:
+            async with self.database.acting(f"system:{self.service.name}") as db:
+                deleted = await db.execute(_OLD_KEYS, {"hours": self.settings.idempotency_hours, "most": _TIDY})
+                batch = deleted.rowcount  # type: ignore[attr-defined]
+            gone += batch
+        return gone
 
+
+_TIDY = 5000
 _OLD_KEYS = text(
     "DELETE FROM idempotency_key WHERE (tenant_id, actor, method, request_id) IN ("
     "SELECT tenant_id, actor, method, request_id FROM idempotency_key"
-    " WHERE create_time < clock_timestamp() - :hours * interval '1 hour' ORDER BY create_time LIMIT 5000)"
+    " WHERE create_time < clock_timestamp() - :hours * interval '1 hour' ORDER BY create_time LIMIT :most)"
 )
 # Heartbeats are many and worth nothing once passed: hearing one twice does no harm.
 _OLD_BEATS = text("DELETE FROM inbox WHERE type = 'access.heartbeat' AND time < clock_timestamp() - interval '1 hour'")
@@ -307,7 +320,7 @@ def _hear_access(reactions: Reactions) -> None:
 
     @reactions.on("staff.changed", "login.changed", payload=access_pb2.PrincipalState)
     async def _principal(state: access_pb2.PrincipalState, _event: Event, db: AsyncSession) -> None:
-        await accesses.store_principal(db, db.info["runtime"].tables.access, state)
+        await accesses.hear_principal(db, db.info["runtime"].tables.access, state)
 
     @reactions.on("role.changed", payload=access_pb2.RoleState)
     async def _role(state: access_pb2.RoleState, _event: Event, db: AsyncSession) -> None:
@@ -315,7 +328,7 @@ def _hear_access(reactions: Reactions) -> None:
 
     @reactions.on("access.heartbeat", payload=access_pb2.Heartbeat)
     async def _heartbeat(beat: access_pb2.Heartbeat, event: Event, db: AsyncSession) -> None:
-        await accesses.store_heartbeat(db, db.info["runtime"].tables.access, beat.partition, event.time.ToDatetime())
+        await accesses.store_heartbeat(db, db.info["runtime"].tables.access, beat.partition, to_time(event.time))
 
 
-__all__ = ["PARTITIONS", "Loop", "RunningLoop", "Server", "Service", "package_version"]
+__all__ = ["Loop", "RunningLoop", "Server", "Service", "package_version"]

@@ -1,10 +1,9 @@
 """What a deployment may set, read from the environment (`CARE_…`) and passed on, never global."""
 
 from pathlib import Path
-from typing import Annotated
 
 from pydantic import BaseModel, Field
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Issuer(BaseModel):
@@ -23,7 +22,7 @@ class Kafka(BaseModel):
     """How to reach the broker. `options` go to aiokafka as they are (TLS, SASL)."""
 
     bootstrap: str
-    options: dict[str, str] = {}
+    options: dict[str, str] = Field(default={}, repr=False)
     replication_factor: int = 1
     """Of topics that are made here; 3 in production, where topics are better made by the operator."""
     topic_configs: dict[str, str] = {}
@@ -40,14 +39,14 @@ class Settings(BaseSettings):
     port: int = 50051
     health_port: int = 50052
     metrics_port: int = 9464
-    database_url: str = "postgresql+asyncpg://localhost/care"
+    database_url: str = Field(default="postgresql+asyncpg://localhost/care", repr=False)
     pool_size: int = Field(default=8, ge=1, le=100)
     statement_timeout: float = 10.0
     lock_timeout: float = 2.0
     """A twin that waits longer than this for its sibling is told IN_PROGRESS."""
 
     kafka: Kafka | None = None
-    bus_url: str | None = None
+    bus_url: str | None = Field(default=None, repr=False)
     """Database of the embedded bus; exactly one of `kafka` and `bus_url` is set."""
 
     peers: dict[str, str] = {}
@@ -76,4 +75,3 @@ class Settings(BaseSettings):
     relay_lease: float = 10.0
     concurrency: int = Field(default=200, ge=1)
     """RPCs under way at once; more are refused with OVERLOADED."""
-    allowed_origins: Annotated[list[str], NoDecode] = []

@@ -20,7 +20,8 @@ A = TypeVar("A", bound=Aggregate)
 class Loop:
     """Runs `work(runtime)` until it finds nothing more, then waits `every` seconds or for `wake`.
 
-    `every` is a number or made of the service's settings. `work` answers how many things it did. What it raises is logged by type and tried again; a loop never ends by itself.
+    `every` is a number or made of the service's settings. `work` answers how many things it did. What it raises is logged
+    by type and tried again; a loop never ends by itself.
     """
 
     def __init__(
@@ -98,7 +99,8 @@ async def due(db: AsyncSession, model: type[A], column: Any, *where: ColumnEleme
     """
     query = (
         select(model)
-        .where(column <= func.clock_timestamp(), *where)
+        # As a subquery it is asked once; a volatile function in the condition would read the whole index at each look.
+        .where(column <= select(func.clock_timestamp()).scalar_subquery(), *where)
         .order_by(column)
         .limit(limit)
         .with_for_update(skip_locked=True, of=model, key_share=True)

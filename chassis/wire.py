@@ -116,7 +116,9 @@ def _scalar(field: FieldDescriptor) -> Callable[[Any], Any]:
         def number(value: Any) -> int:
             if isinstance(value, Enum):
                 return by_name[value.name]
-            return by_name[value] if isinstance(value, str) else int(value)
+            if isinstance(value, str):  # a value that this build doesn't know is kept as its digits
+                return by_name[value] if value in by_name else int(value)
+            return int(value)
 
         return number
     if field.type == FieldDescriptor.TYPE_STRING:
@@ -127,8 +129,11 @@ def _scalar(field: FieldDescriptor) -> Callable[[Any], Any]:
 
 
 def to_time(stamp: Timestamp) -> datetime:
-    """An aware datetime in UTC."""
-    return stamp.ToDatetime(tzinfo=UTC)
+    """An aware datetime in UTC. Raises Invalid `TIME_INVALID` for one beyond the years 1 to 9999."""
+    try:
+        return stamp.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise Invalid("TIME_INVALID", "A time is out of range.") from None
 
 
 def plain(message: Message) -> dict[str, Any]:
@@ -188,5 +193,5 @@ def _enum_name(enum: EnumDescriptor, number: int) -> str:
 
 
 def enum_names(enum: Any, numbers: Iterable[int]) -> list[str]:
-    """Names of a repeated enum field's values; `enum` is the generated enum class."""
-    return [enum.Name(number) for number in numbers]
+    """Names of a repeated enum field's values, newer ones as digits; `enum` is the generated enum class."""
+    return [_enum_name(enum.DESCRIPTOR, number) for number in numbers]

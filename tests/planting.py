@@ -12,7 +12,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from chassis.ids import new_id
 from chassis.model import Aggregate
+from chassis.wire import plain
 from gateway.contract import files
+from tests.minimal import minimal
 
 
 async def plant(
@@ -64,7 +66,7 @@ def _value(column: Any, message: Descriptor | None) -> Any:
     if isinstance(kind, JSONB):
         return _json(field)
     if isinstance(kind, Enum):
-        return list(kind.enum_class or kind.enums)[0]
+        return next(iter(kind.enum_class or kind.enums))
     if isinstance(kind, Uuid):
         return new_id()
     if isinstance(kind, DateTime):
@@ -75,12 +77,10 @@ def _value(column: Any, message: Descriptor | None) -> Any:
         return 1
     if field is not None and field.enum_type is not None:
         return next(value.name for value in field.enum_type.values if value.number)
-    return "x"
+    return f"x-{new_id()}"  # some are unique
 
 
 def _json(field: FieldDescriptor | None) -> Any:
     if field is None or field.is_repeated:
         return []
-    if field.message_type is not None and field.message_type.name == "Reference":
-        return {"type": "Patient", "id": new_id()}
-    return {}
+    return plain(minimal(field.message_type)) if field.message_type is not None else {}

@@ -5,85 +5,21 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
 import pytest
-import pytest_asyncio
 from google.protobuf.message import Message
 
-from chassis.errors import Problem, problem_from_rpc
-from chassis.ids import new_id
-from chassis.testing.harness import ALL, Harness
+from chassis.testing.harness import ALL
 from gateway.contract import Rpc
-from services.patients.roles import PERMISSIONS, SHIPPED
+from services.patients.roles import SHIPPED
 from tests.minimal import minimal
-from tests.planting import plant
-from tests.surface import RPCS, SERVICES, aggregates, servers_of, short
+from tests.surface import RPCS, servers_of, short
+from tests.world import World
 
-_KINDS = {"patient": "PATIENT", "proxy": "RELATED"}
 _ETAG = '"1"'
-# At once, so that the whole matrix takes seconds.
-_AT_ONCE = 8
-
-
-class World:
-    """Five services; the same ids stand in every table: `near` is the caller's, `far` another clinic's, `foreign`
-    another health system's, `nowhere` nobody's."""
-
-    def __init__(self, harness: Harness) -> None:
-        self.harness = harness
-        self.clinic, self.far_clinic = new_id(), new_id()
-        self.near, self.far, self.foreign, self.nowhere = new_id(), new_id(), new_id(), new_id()
-        self.other_tenant = new_id()
-        self._room = asyncio.Semaphore(_AT_ONCE)
-
-    async def furnish(self) -> None:
-        harness = self.harness
-        for role, permissions in SHIPPED.items():
-            await harness.staff(role, sorted(permissions), clinics=[self.clinic], kind=_KINDS.get(role, "STAFF"))
-        await harness.staff("nobody", [], clinics=[self.clinic])
-        await harness.staff("everybody", sorted(PERMISSIONS), clinics=[self.clinic])
-        await harness.subject(self.clinic, patient_id=self.near)
-        await harness.subject(self.far_clinic, patient_id=self.far)
-        # Of another tenant, granted to this very clinic: the tenant alone must keep it out.
-        await harness.subject(self.clinic, patient_id=self.foreign, tenant_id=self.other_tenant)
-        for name in SERVICES:
-            async with harness.servers[name].database.engine.begin() as connection:
-                for model in aggregates(name):
-                    owned = model.subject_field is not None
-                    rows = {self.foreign: self.other_tenant}
-                    if owned:
-                        rows |= {self.near: harness.tenant_id, self.far: harness.tenant_id}
-                    for row_id, tenant_id in rows.items():
-                        await plant(connection, model, tenant_id=tenant_id, row_id=row_id, subject_id=row_id)
-
-    async def outcome(self, rpc: Rpc, server: str, request: Message, metadata: Any) -> Problem | None:
-        """What one call led to; None for an answer."""
-        call: Any = self.harness.channel(server).unary_unary(
-            f"/{rpc.name}",
-            request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=lambda body: body,
-        )
-        async with self._room:
-            try:
-                await call(request, metadata=metadata, timeout=20)
-            except grpc.RpcError as error:
-                return problem_from_rpc(error)
-        return None
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def world(database: Any) -> AsyncIterator[World]:
-    harness = Harness(database)
-    await harness.start(*SERVICES.values(), concurrency=1000, token_cache=600.0)
-    world = World(harness)
-    await world.furnish()
-    yield world
-    await harness.stop()
-
-
 _SERVED = [rpc for rpc in RPCS.values() if rpc.owner != "gateway"]
 _ASKED = [rpc for rpc in _SERVED if rpc.rule.permission]
 
@@ -98,13 +34,16 @@ async def test_a_role_may_what_its_permissions_say_and_nothing_else(world: World
     for server in servers_of(rpc)[:1]:
         roles = {**SHIPPED, "nobody": frozenset[str]()}
         outcomes = await asyncio.gather(
-            *(world.outcome(rpc, server, _request(rpc, world.near), world.harness.as_user(role)) for role in roles)
+            *(
+                world.outcome(rpc, server, _request(rpc, world.near, world.clinic), world.harness.as_user(role))
+                for role in roles
+            )
         )
         for (role, permissions), problem in zip(roles.items(), outcomes, strict=True):
             lacks = problem is not None and problem.reason == "PERMISSION_MISSING"
             if permission in permissions:
                 assert not (lacks and problem is not None and problem.metadata["permission"] == permission), role
-                assert problem is None or problem.code is not grpc.StatusCode.INTERNAL, role
+                assert problem is None or problem.code is not grpc.StatusCode.INTERNAL, world.why(server)
             else:
                 assert problem is not None and lacks and problem.code is grpc.StatusCode.PERMISSION_DENIED, role
                 assert problem.metadata == {"permission": permission}
@@ -113,7 +52,7 @@ async def test_a_role_may_what_its_permissions_say_and_nothing_else(world: World
 @pytest.mark.parametrize("rpc", _SERVED, ids=_ids(_SERVED))
 async def test_of_our_own_services_only_those_named_may_call(world: World, rpc: Rpc) -> None:
     server = servers_of(rpc)[0]
-    request = _request(rpc, world.nowhere)
+    request = _request(rpc, world.nowhere, world.clinic)
     for caller in ALL:
         problem = await world.outcome(rpc, server, request, world.harness.as_service(caller))
         if caller in rpc.rule.callers:
@@ -171,15 +110,15 @@ async def test_the_callers_own_rows_are_seen_so_that_the_matrix_proves_something
     assert {"patients", "scheduling", "referrals", "notifications"} <= seen.keys()
 
 
-def _request(rpc: Rpc, row_id: str) -> Message:
-    known = {"id": row_id, "etag": _ETAG, "patient_id": row_id, "patient_ids": [row_id]}
+def _request(rpc: Rpc, row_id: str, clinic_id: str) -> Message:
+    known = {"id": row_id, "etag": _ETAG, "patient_id": row_id, "patient_ids": [row_id], "clinic_id": clinic_id}
     return minimal(rpc.method.input_type, known)
 
 
 async def _seen(world: World, rpc: Rpc, row_id: str) -> Mapping[str, Any]:
     """All that a caller learns, without what is random by itself."""
     call = world.harness.as_user("everybody")
-    problem = await world.outcome(rpc, servers_of(rpc)[0], _request(rpc, row_id), call)
+    problem = await world.outcome(rpc, servers_of(rpc)[0], _request(rpc, row_id, world.clinic), call)
     if problem is None:
         return {"reason": ""}
     told = f"{problem.message} {sorted(problem.metadata.items())}"

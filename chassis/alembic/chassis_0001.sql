@@ -144,4 +144,6 @@ END $$;
 
 CREATE TRIGGER audit_guard BEFORE UPDATE OR DELETE ON audit FOR EACH ROW EXECUTE FUNCTION audit_guard();
 
+CREATE TRIGGER audit_guard_all BEFORE TRUNCATE ON audit FOR EACH STATEMENT EXECUTE FUNCTION audit_guard();
+
 INSERT INTO audit_head (name, seal, hash) VALUES ('audit', 0, decode('83219a75c1b6128b9d133035c7291482aace506b844a535ed9ceb51f6fd580b3', 'hex'));

@@ -14,9 +14,8 @@ from joserfc.jwk import ECKey, KeySet, OKPKey
 from sqlalchemy import text
 
 from chassis import access, migrations
-from chassis.access import PARTITIONS
 from chassis.auth import Credential
-from chassis.bus import Bus
+from chassis.bus import PARTITIONS, Bus
 from chassis.bus.postgres import PostgresBus
 from chassis.errors import problem_from_rpc
 from chassis.ids import new_id

@@ -3,10 +3,10 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from care.feedback.v1 import feedback_pb2
 from care.feedback.v1.feedback_pb2_grpc import SurveyInvitationsServiceStub
@@ -17,7 +17,7 @@ from care.scheduling.v1.appointments_pb2_grpc import AppointmentsServiceStub
 from care.type.v1 import type_pb2
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from prometheus_client import Counter, Gauge, Histogram
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import func, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from chassis.clients import call
@@ -113,6 +113,74 @@ class Budget:
         self._left -= count
 
 
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class Together(Generic[Item, Answer]):
+    """Joins what is asked for while one transaction is under way into the next: many commits become few, none waits idly."""
+
+    def __init__(self, work: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]], most: int = 50) -> None:
+        self._work, self._most = work, most
+        self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def __call__(self, item: Item) -> Answer:
+        """The result of one item. Raises what the work raised."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run(), name="together")
+        return await future
+
+    async def _run(self) -> None:
+        while self._waiting:
+            group, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
+            if not await self._try(group, alone=len(group) == 1):
+                for each in group:  # one of them may be what failed: it must not take the others along
+                    await self._try([each], alone=True)
+
+    async def _try(self, group: Sequence[tuple[Item, "asyncio.Future[Answer]"]], *, alone: bool) -> bool:
+        try:
+            results = await self._work([item for item, _ in group])
+        except Exception as error:
+            if alone and not group[0][1].done():
+                group[0][1].set_exception(error)
+            return False
+        for (_, future), result in zip(group, results, strict=True):
+            if not future.done():
+                future.set_result(result)
+        return True
+
+
+class Start(NamedTuple):
+    """A call begins: through which channel, with which text and by which consent."""
+
+    channel: str
+    values: Mapping[str, Any]
+
+
+class Again(NamedTuple):
+    """The check has become too old: it is made anew at once."""
+
+
+class Ruling(NamedTuple):
+    """What becomes of a message that waits and is ours."""
+
+    message: Message
+    lease_token: str
+    verdict: Start | Wait | Drop | Again
+
+
+class Result(NamedTuple):
+    """What came of a call."""
+
+    message: Message
+    lease_token: str
+    number: int
+    outcome: Outcome
+
+
 @dataclass
 class Batch:
     """Messages of one tenant under one lease, and what is known about all of them."""
@@ -177,6 +245,9 @@ class Sender:
         self._lanes: set[asyncio.Task[None]] = set()
         self._lease = timedelta(seconds=self.settings.send_lease)
         self._backlog_at = float("-inf")
+        self._size = self.settings.send_batch
+        self._rule = Together(self._apply)
+        self._result = Together(self._record)
 
     # -- the round -----------------------------------------------------------------------------------------------------
 
@@ -185,7 +256,7 @@ class Sender:
         await self._show_backlog()
         if len(self._lanes) >= self.settings.send_lanes:
             await asyncio.wait(self._lanes, return_when=asyncio.FIRST_COMPLETED)
-        count = min([self.settings.send_batch, *(budget.left() for budget in self._budgets.values())])
+        count = min([self._size, *(budget.left() for budget in self._budgets.values())])
         if count < 1:
             await asyncio.sleep(0.02)
             return 1  # there may be more: look again at once
@@ -299,17 +370,23 @@ class Sender:
                 self._log.warning(
                     "a service is away, messages wait", reason=problem.reason, messages=len(batch.messages)
                 )
-                await self._settle(batch, [(each, self._later(batch, each, "service-away")) for each in batch.messages])
+                await asyncio.gather(
+                    *(self._settle(batch, each, self._later(batch, each, "service-away")) for each in batch.messages)
+                )
                 return
             now = batch.now()
             verdicts = [(message, decide(message, known[message.id], now)) for message in batch.messages]
             batch.visit_types = await self._known_visit_types(batch.tenant_id, known)
-        going = [(message, verdict) for message, verdict in verdicts if isinstance(verdict, Go)]
-        staying = [(message, verdict) for message, verdict in verdicts if not isinstance(verdict, Go)]
-        await asyncio.gather(
-            *(self._deliver(batch, message, go, known[message.id].visit, asked, used) for message, go in going),
-            *([self._settle(batch, staying)] if staying else []),
+        stale = await asyncio.gather(
+            *(
+                self._deliver(batch, message, verdict, known[message.id].visit, asked, used)
+                if isinstance(verdict, Go)
+                else self._settle(batch, message, verdict)
+                for message, verdict in verdicts
+            )
         )
+        # Batches that are too large for the moment grow stale before their end.
+        self._size = max(1, self._size // 2) if any(stale) else min(self.settings.send_batch, self._size + 1)
 
     async def _read(self, batch: Batch) -> dict[str, Known]:
         """Whom to write to and what has become of the visits, side by side. Raises Problem where one doesn't answer."""
@@ -395,39 +472,51 @@ class Sender:
         overdue = (now - message.due_time).total_seconds()
         return Wait(now + timedelta(seconds=max(self.settings.service_away_pause, min(60.0, overdue / 10))), reason)
 
-    async def _settle(self, batch: Batch, verdicts: Sequence[tuple[Message, Wait | Drop]]) -> None:
-        """Write down what does not leave now."""
-        wanted = {message.id: verdict for message, verdict in verdicts}
-        async with self.runtime.database.acting(self._actor) as db:
-            for row in await self._leased(db, batch, list(wanted)):
-                verdict = wanted[row.id]
-                if isinstance(verdict, Wait):
-                    row.wait(verdict.until, verdict.reason)
-                    self._count(row, "held")
-                else:
-                    row.suppress(verdict.reason)
-                    self._count(row, "failed" if row.status is MessageStatus.STOPPED else "suppressed")
+    async def _settle(self, batch: Batch, message: Message, verdict: Wait | Drop | Again) -> bool:
+        """Write down why it does not leave now; whether that is because the check had become too old."""
+        await self._rule(Ruling(message, batch.token, verdict))
+        return isinstance(verdict, Again)
 
-    async def _leased(self, db: AsyncSession, batch: Batch, ids: Sequence[str]) -> list[Message]:
-        """Those that are still ours and still wait, locked: a change that was heard meanwhile has won."""
-        rows = await db.execute(
-            select(Message)
-            .where(
-                Message.tenant_id == batch.tenant_id,
-                Message.id.in_(ids),
-                Message.lease_token == batch.token,
-                Message.status.in_(WAITING),
+    async def _apply(self, rulings: Sequence[Ruling]) -> list[int | None]:
+        """Numbers of the calls that may begin. None for what stays, and for what is no longer ours or no longer waits:
+        a change that was heard meanwhile, or another holder of the lease, has won."""
+        keys = [(each.message.tenant_id, each.message.id, each.lease_token) for each in rulings]
+        async with self.runtime.database.acting(self._actor) as db:
+            now = db.info["act"].now
+            found = await db.execute(
+                select(Message)
+                .where(
+                    tuple_(Message.tenant_id, Message.id, Message.lease_token).in_(keys), Message.status.in_(WAITING)
+                )
+                .order_by(Message.id)
+                .with_for_update(of=Message, key_share=True)
             )
-            .order_by(Message.id)
-            .with_for_update(of=Message, key_share=True)
-        )
-        return list(rows.scalars())
+            rows = {row.id: row for row in found.scalars()}
+            return [
+                self._ruled(rows[each.message.id], each.verdict, now) if each.message.id in rows else None
+                for each in rulings
+            ]
+
+    def _ruled(self, row: Message, verdict: Start | Wait | Drop | Again, now: datetime) -> int | None:
+        if isinstance(verdict, Start):
+            return row.start(now, now + self._lease, verdict.channel, **verdict.values)
+        if isinstance(verdict, Again):
+            row.free()
+        elif isinstance(verdict, Wait):
+            row.wait(verdict.until, verdict.reason)
+            self._count(row, "held")
+        else:
+            row.suppress(verdict.reason)
+            self._count(row, "failed" if row.status is MessageStatus.STOPPED else "suppressed")
+        return None
 
     # -- hand over -----------------------------------------------------------------------------------------------------
 
     async def _deliver(
         self, batch: Batch, message: Message, go: Go, visit: Visit | None, asked: float, used: dict[str, int]
-    ) -> None:
+    ) -> bool:
+        """Hand it over, or write down why not; whether that is because the check had become too old."""
+
         def fresh() -> bool:
             return time.monotonic() - asked <= self.settings.check_age
 
@@ -439,24 +528,21 @@ class Sender:
                 except NotFound:
                     token = ""
                 except Problem:
-                    await self._settle(batch, [(message, self._later(batch, message, "service-away"))])
-                    return
+                    return await self._settle(batch, message, self._later(batch, message, "service-away"))
                 if not token:
-                    await self._settle(batch, [(message, Drop("closed"))])
-                    return
+                    return await self._settle(batch, message, Drop("closed"))
             rendered = self._text(batch, message, go, visit, token)
             if rendered is None:
-                await self._settle(batch, [(message, self._later(batch, message, "clinic-unknown"))])
-                return
+                return await self._settle(batch, message, self._later(batch, message, "clinic-unknown"))
             if not fresh():
-                await self._free(batch, message)
-                return
-            number = await self._begin(batch, message, go, rendered, token)
+                return await self._settle(batch, message, Again())
+            number = await self._rule(Ruling(message, batch.token, self._start(batch, message, go, rendered, token)))
             if number is None:
-                return
+                return False
             used[go.channel] += 1
             outcome = await self._call(batch, message, go, rendered, number, asked, fresh)
-        await self._record(batch, message, number, outcome)
+        await self._keep(Result(message, batch.token, number, outcome))
+        return outcome.kind == "stale"
 
     async def _survey_token(self, message: Message) -> str:
         stub = SurveyInvitationsServiceStub(self.runtime.clients.channel("feedback"))
@@ -494,39 +580,20 @@ class Sender:
         )
         return self._templates.render(message.kind, go.channel, languages, values)
 
-    async def _free(self, batch: Batch, message: Message) -> None:
-        """Give the lease back: the check has become too old, so it is read again at once."""
-        async with self.runtime.database.acting(self._actor) as db:
-            await db.execute(
-                update(Message)
-                .where(
-                    Message.tenant_id == batch.tenant_id, Message.id == message.id, Message.lease_token == batch.token
-                )
-                .values(lease_token=None, lease_time=None)
-            )
-
-    async def _begin(self, batch: Batch, message: Message, go: Go, rendered: Rendered, token: str) -> int | None:
-        """Commit that a call begins; its number, or None where the lease is another's or the message is no longer to leave."""
-        async with self.runtime.database.acting(self._actor) as db:
-            now = db.info["act"].now
-            rows = await self._leased(db, batch, [message.id])
-            if not rows:
-                return None
-            (row,) = rows
-            number = row.start(
-                now,
-                now + self._lease,
-                go.channel,
-                language=rendered.language,
-                wished_language=rendered.wished,
-                template=rendered.template,
+    def _start(self, batch: Batch, message: Message, go: Go, rendered: Rendered, token: str) -> Start:
+        return Start(
+            go.channel,
+            {
+                "language": rendered.language,
+                "wished_language": rendered.wished,
+                "template": rendered.template,
                 # The link is a key: it stands in the message that left and nowhere else.
-                text=rendered.text.replace(token, _REDACTED) if token else rendered.text,
-                consent_id=go.recipient.consent_id or None,
-                consent_version=go.recipient.consent_version,
-                local_time=local_time(now, go.recipient.time_zones, self._zone_of(batch, message)),
-            )
-        return number
+                "text": rendered.text.replace(token, _REDACTED) if token else rendered.text,
+                "consent_id": go.recipient.consent_id or None,
+                "consent_version": go.recipient.consent_version,
+                "local_time": local_time(batch.now(), go.recipient.time_zones, self._zone_of(batch, message)),
+            },
+        )
 
     async def _call(
         self,
@@ -573,43 +640,51 @@ class Sender:
             self.metrics.lateness.labels(message.purpose, channel).observe(max(0.0, since.total_seconds()))
         return outcome
 
-    async def _record(self, batch: Batch, message: Message, number: int, outcome: Outcome) -> None:
+    async def _keep(self, result: Result) -> None:
         """Write down what came of a call. Where that can't be done the lease ends, and nobody knows."""
         for trial in range(_TRIES_TO_RECORD):
             try:
-                await self._write(batch, message, number, outcome)
+                await self._result(result)
                 return
             except Exception as error:
-                self._log.warning("outcome not recorded yet", error=type(error).__name__, outcome=outcome.kind)
+                self._log.warning("outcome not recorded yet", error=type(error).__name__, outcome=result.outcome.kind)
                 await asyncio.sleep(0.2 * 4**trial)
 
-    async def _write(self, batch: Batch, message: Message, number: int, outcome: Outcome) -> None:
-        settings = self.settings
+    async def _record(self, results: Sequence[Result]) -> list[None]:
+        keys = [(each.message.tenant_id, each.message.id) for each in results]
         async with self.runtime.database.acting(self._actor) as db:
             now = db.info["act"].now
-            query = select(Message).where(Message.tenant_id == batch.tenant_id, Message.id == message.id)
-            row = (await db.execute(query.with_for_update(of=Message, key_share=True))).scalar_one()
-            ours = row.lease_token == batch.token and row.status is MessageStatus.IN_PROGRESS
-            # Late, but certain: it was taken. Nothing else may follow from a lease that has ended.
-            resolves = (
-                outcome.kind == "accepted" and row.status is MessageStatus.UNKNOWN and len(row.attempts) == number
+            found = await db.execute(
+                select(Message)
+                .where(tuple_(Message.tenant_id, Message.id).in_(keys))
+                .order_by(Message.id)
+                .with_for_update(of=Message, key_share=True)
             )
-            if not ours:
-                self.metrics.fenced.inc()
-            if not ours and not resolves:
+            rows = {row.id: row for row in found.scalars()}
+            for each in results:
+                self._write(rows[each.message.id], each, now)
+        return [None] * len(results)
+
+    def _write(self, row: Message, result: Result, now: datetime) -> None:
+        settings, outcome = self.settings, result.outcome
+        if row.lease_token != result.lease_token or row.status is not MessageStatus.IN_PROGRESS:
+            self.metrics.fenced.inc()
+            # Late, but certain: it was taken. Nothing else may follow from a lease that has ended.
+            late = outcome.kind == "accepted" and row.status is MessageStatus.UNKNOWN
+            if not late or len(row.attempts) != result.number:
                 return
-            if outcome.kind == "accepted":
-                row.complete(now, outcome.provider_message_id)
-            elif outcome.kind == "unknown":
-                row.lose(now, outcome.error_code)
-            elif outcome.kind == "stale":
-                row.give_back(now)
-            elif outcome.kind == "failed":
-                pause = max(min(settings.retry_base * 2**row.tries, 300.0), outcome.retry_after)
-                row.retry(now, outcome.error_code, timedelta(seconds=pause), settings.tries_at_most)
-            else:
-                row.refuse(now, outcome.error_code)
-            self._count(row, _COUNTED.get(row.status, "retried"))
+        if outcome.kind == "accepted":
+            row.complete(now, outcome.provider_message_id)
+        elif outcome.kind == "unknown":
+            row.lose(now, outcome.error_code)
+        elif outcome.kind == "stale":
+            row.give_back(now)
+        elif outcome.kind == "failed":
+            pause = max(min(settings.retry_base * 2**row.tries, 300.0), outcome.retry_after)
+            row.retry(now, outcome.error_code, timedelta(seconds=pause), settings.tries_at_most)
+        else:
+            row.refuse(now, outcome.error_code)
+        self._count(row, _COUNTED.get(row.status, "retried"))
 
     # -- shown ---------------------------------------------------------------------------------------------------------
 

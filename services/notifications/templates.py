@@ -114,7 +114,7 @@ def facts(
         "clinic": _name(clinic, labelled) or _NAMELESS.get(language, _NAMELESS[FALLBACK]),
         "visit": _name(visit_type, labelled) if email else "",
         "phone": _line(clinic.phone) if clinic else "",
-        "address": _address(clinic.address) if clinic and email and modality in ("", "IN_PERSON") else "",
+        "address": _address(clinic.address) if clinic and email and modality not in ("VIDEO", "PHONE") else "",
         "directions": clinic.directions.strip() if clinic and email and not labelled else "",
         "preparation": _preparation(visit_type, language) if email and not labelled else "",
         "remote": modality.lower() if modality in ("VIDEO", "PHONE") else "",

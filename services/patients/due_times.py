@@ -5,7 +5,6 @@ from datetime import date, datetime, timedelta
 from typing import Any, NamedTuple
 from zoneinfo import available_timezones
 
-from care.scheduling.v1 import directory_pb2
 from sqlalchemy import BigInteger, Text, select
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -22,6 +21,8 @@ SHIPPED: Mapping[str, Any] = {
     "low-score": {"business_days": 2},
     "undelivered-message": {"business_days": 1},
     "deceased-review": {"business_days": 1},
+    "referral-overdue": {"business_days": 1},
+    "visit-without-referral": {"business_days": 1},
     "critical-answer": {"minutes": 15},
 }
 """Code of a task to business days of the clinic or minutes after the event."""
@@ -40,15 +41,17 @@ class ClinicCalendar(Base):
     closed_dates: Mapped[list[str]] = mapped_column(ARRAY(Text))
 
 
-async def keep_clinic(db: AsyncSession, tenant_id: str, clinic: directory_pb2.Clinic, version: int) -> None:
+async def keep_clinic(
+    db: AsyncSession, tenant_id: str, clinic_id: str, version: int, *, zone: str, region: str, closed: list[str]
+) -> None:
     """Merge a clinic's full state; an older version changes nothing."""
     values = {
         "tenant_id": tenant_id,
-        "id": clinic.id,
+        "id": clinic_id,
         "version": version,
-        "time_zone": clinic.time_zone if clinic.time_zone in available_timezones() else "UTC",
-        "holiday_region": _known_region(clinic.holiday_region),
-        "closed_dates": sorted(clinic.closed_dates),
+        "time_zone": zone if zone in available_timezones() else "UTC",
+        "holiday_region": _known_region(region),
+        "closed_dates": sorted(closed),
     }
     statement = insert(ClinicCalendar).values(values)
     await db.execute(

@@ -42,6 +42,8 @@ _TIMELINE: dict[type[Message], tuple[str, ...]] = {
         "referral.accepted",
         "referral.declined",
         "referral.scheduled",
+        "referral.rescheduled",
+        "referral.unscheduled",
         "referral.unattended",
         "referral.seen",
         "referral.report_received",
@@ -70,8 +72,48 @@ _TIMELINE: dict[type[Message], tuple[str, ...]] = {
 }
 
 
+SOURCES = {
+    "appointment": "Appointment",
+    "referral": "Referral",
+    "message": "Message",
+    "survey": "SurveyInvitation",
+    "response": "QuestionnaireResponse",
+    "task": "Task",
+    "contact": "Contact",
+    "consent": "Consent",
+    "patient": "Patient",
+}
+"""First word of an event's type to the resource that it happened to."""
+
+
 async def _on_timeline(payload: Any, event: Event, db: AsyncSession) -> None:
-    await timeline.put(db, event, payload)
+    if not event.patient_id:  # what is about nobody leaves no entry
+        return
+    entry = {
+        "tenant_id": event.tenant_id,
+        "id": event.id,
+        "patient_id": event.patient_id,
+        "time": event.time.ToDatetime(tzinfo=UTC),
+        "type": event.type,
+        "source_type": SOURCES[event.type.partition(".")[0]],
+        "source_id": event.aggregate_id,
+        "source_version": event.version,
+        "actor": event.actor,
+        "clinic_id": _first(payload, "clinic_id") or None,
+        "status": _first(payload, "business_status", "status", "outcome"),
+        "reason_code": _first(payload, "reason_code", "outcome_code"),
+        "security_labels": list(event.security_labels),
+    }
+    await timeline.put(db, entry)
+
+
+def _first(payload: Message, *names: str) -> Any:
+    """The first field of these names that the payload has and that is set, or ""."""
+    return next((value for name in names if (value := getattr(payload, name, ""))), "")
+
+
+async def _is_outdated(db: AsyncSession, event: Event) -> bool:
+    return await timeline.is_outdated(db, event.tenant_id, event.patient_id, event.aggregate_id, event.version)
 
 
 # First, so that the others of the same event see by the timeline whether it is the latest.
@@ -82,7 +124,15 @@ for _payload, _types in _TIMELINE.items():
 @reactions.on("clinic.changed", payload=directory_pb2.Clinic)
 async def keep_calendar(clinic: directory_pb2.Clinic, event: Event, db: AsyncSession) -> None:
     """By full state and version: any order gives the same."""
-    await keep_clinic(db, event.tenant_id, clinic, event.version)
+    await keep_clinic(
+        db,
+        event.tenant_id,
+        clinic.id,
+        event.version,
+        zone=clinic.time_zone,
+        region=clinic.holiday_region,
+        closed=list(clinic.closed_dates),
+    )
 
 
 @reactions.on("appointment.booked", "appointment.rescheduled", payload=scheduling.AppointmentEvent)
@@ -101,7 +151,7 @@ async def relate_by_referral(referral: referrals.ReferralEvent, event: Event, db
 async def rebook_no_show(appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
     """A missed visit asks for another one, unless the appointment has moved on from NOSHOW since."""
     await _patient(db, event)
-    if not await timeline.is_outdated(db, event):
+    if not await _is_outdated(db, event):
         # The appointment's version is the episode: missed again after a revert is another one.
         await _open(
             db,
@@ -147,7 +197,7 @@ async def answer_low_score(response: feedback.ResponseEvent, event: Event, db: A
 @reactions.on("message.failed", "message.unknown", payload=notifications.MessageEvent)
 async def reach_otherwise(message: notifications.MessageEvent, event: Event, db: AsyncSession) -> None:
     """A message that did not arrive, or perhaps not: a person finds out, once per message."""
-    if not await timeline.is_outdated(db, event):
+    if not await _is_outdated(db, event):
         await _open(
             db,
             event,
@@ -162,6 +212,46 @@ async def reach_otherwise(message: notifications.MessageEvent, event: Event, db:
 async def reached_after_all(_message: notifications.MessageEvent, event: Event, db: AsyncSession) -> None:
     """What was unknown turned out to have been sent."""
     await _cancel(db, event, "undelivered-message", "sent")
+
+
+@reactions.on("referral.overdue", payload=referrals.ReferralEvent)
+async def chase_referral(referral: referrals.ReferralEvent, event: Event, db: AsyncSession) -> None:
+    """A referral rests beyond its due time: somebody finds out why. Each version that is overdue is an episode."""
+    if not await _is_outdated(db, event):
+        await _open(
+            db,
+            event,
+            "referral-overdue",
+            "Referral",
+            clinic_id=referral.clinic_id,
+            purpose="referrals",
+            episode=str(event.version),
+            reason_code=referral.business_status.lower().replace("_", "-"),
+        )
+
+
+@reactions.on("referral.cancelled", payload=referrals.ReferralEvent)
+async def free_visit(referral: referrals.ReferralEvent, event: Event, db: AsyncSession) -> None:
+    """Withdrawn, but its visit stands: a person decides about the visit. What was overdue no longer is."""
+    await _cancel(db, event, "referral-overdue", "referral-cancelled")
+    if referral.appointment_id:
+        await _open(db, event, "visit-without-referral", "Referral", clinic_id=referral.clinic_id)
+
+
+@reactions.on(
+    "referral.accepted",
+    "referral.declined",
+    "referral.scheduled",
+    "referral.seen",
+    "referral.report_received",
+    "referral.report_acknowledged",
+    "referral.patient_informed",
+    "referral.closed",
+    payload=referrals.ReferralEvent,
+)
+async def referral_went_on(_referral: referrals.ReferralEvent, event: Event, db: AsyncSession) -> None:
+    """It moved: what was overdue no longer is."""
+    await _cancel(db, event, "referral-overdue", "moved-on")
 
 
 async def _patient(db: AsyncSession, event: Event) -> Patient | None:

@@ -6,8 +6,7 @@ from care.access.v1 import access_pb2 as pb
 from care.access.v1.access_pb2_grpc import AccessServiceServicer
 from sqlalchemy import select
 
-from chassis.access import PARTITIONS
-from chassis.bus import partition_of
+from chassis.access import heartbeat_keys
 from chassis.call import Call
 from chassis.pipeline import Runtime
 from chassis.wire import to_proto
@@ -49,18 +48,7 @@ class AccessServicer(AccessServiceServicer):
         return answer
 
 
-def _heartbeat_keys() -> list[str]:
-    """One key per partition, always the same ones."""
-    found: dict[int, str] = {}
-    number = 0
-    while len(found) < PARTITIONS:
-        key = str(uuid.uuid5(uuid.NAMESPACE_OID, f"access heartbeat {number}"))
-        found.setdefault(partition_of(key, PARTITIONS), key)
-        number += 1
-    return [found[partition] for partition in range(PARTITIONS)]
-
-
-_KEYS = _heartbeat_keys()
+_KEYS = heartbeat_keys()
 
 
 async def beat(runtime: Runtime) -> int:

@@ -1,10 +1,8 @@
 """The timeline: one entry per event about a patient, from whichever service it comes."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, ClassVar
 
-from care.events.v1.envelope_pb2 import Event
-from google.protobuf.message import Message
 from sqlalchemy import BigInteger, DateTime, Index, Text, bindparam, select, text
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -12,19 +10,6 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from chassis.model import Id, Owned, about_subject
 from services.patients.patient import Base
-
-SOURCES = {
-    "appointment": "Appointment",
-    "referral": "Referral",
-    "message": "Message",
-    "survey": "SurveyInvitation",
-    "response": "QuestionnaireResponse",
-    "task": "Task",
-    "contact": "Contact",
-    "consent": "Consent",
-    "patient": "Patient",
-}
-"""First word of an event's type to the resource that it happened to."""
 
 
 class TimelineEntry(Owned, Base):
@@ -75,44 +60,20 @@ _PUT = text(
 )
 
 
-async def put(db: AsyncSession, event: Event, payload: Message) -> None:
-    """Add the entry of an event. What is about nobody leaves none."""
-    if not event.patient_id:
-        return
-    await db.execute(
-        _PUT,
-        {
-            "tenant_id": event.tenant_id,
-            "id": event.id,
-            "patient_id": event.patient_id,
-            "time": event.time.ToDatetime(tzinfo=UTC),
-            "type": event.type,
-            "source_type": SOURCES[event.type.partition(".")[0]],
-            "source_id": event.aggregate_id,
-            "source_version": event.version,
-            "actor": event.actor,
-            "clinic_id": _first(payload, "clinic_id") or None,
-            "status": _first(payload, "business_status", "status", "outcome"),
-            "reason_code": _first(payload, "reason_code", "outcome_code"),
-            "security_labels": list(event.security_labels),
-        },
-    )
+async def put(db: AsyncSession, entry: dict[str, Any]) -> None:
+    """Add the entry of an event, with all columns; a second delivery changes nothing."""
+    await db.execute(_PUT, entry)
 
 
-def _first(payload: Message, *names: str) -> Any:
-    """The first field of these names that the payload has and that is set, or ""."""
-    return next((value for name in names if (value := getattr(payload, name, ""))), "")
-
-
-async def is_outdated(db: AsyncSession, event: Event) -> bool:
+async def is_outdated(db: AsyncSession, tenant_id: str, patient_id: str, source_id: str, version: int) -> bool:
     """Whether something later is known of the same aggregate: a replayed older event must not undo it."""
     later = await db.execute(
         select(TimelineEntry.id)
         .where(
-            TimelineEntry.tenant_id == event.tenant_id,
-            TimelineEntry.patient_id == event.patient_id,
-            TimelineEntry.source_id == event.aggregate_id,
-            TimelineEntry.source_version > event.version,
+            TimelineEntry.tenant_id == tenant_id,
+            TimelineEntry.patient_id == patient_id,
+            TimelineEntry.source_id == source_id,
+            TimelineEntry.source_version > version,
         )
         .limit(1)
     )

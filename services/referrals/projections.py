@@ -4,8 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 
-from care.patients.v1 import events_pb2 as patients
-from care.scheduling.v1 import directory_pb2
 from sqlalchemy import BigInteger, Text, select
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -56,37 +54,8 @@ class Calendar:
     closed: frozenset[date]
 
 
-async def keep_clinic(db: AsyncSession, tenant_id: str, clinic: directory_pb2.Clinic, version: int) -> None:
-    """Merge a clinic's full state; an older version changes nothing."""
-    await _keep(
-        db,
-        Clinic,
-        tenant_id=tenant_id,
-        id=clinic.id,
-        version=version,
-        time_zone=clinic.time_zone,
-        holiday_region=clinic.holiday_region,
-        closed_dates=sorted(clinic.closed_dates),
-        security_labels=sorted(clinic.security_labels),
-    )
-
-
-async def keep_pool(db: AsyncSession, tenant_id: str, pool: patients.PoolState, version: int) -> None:
-    """Merge a pool's full state; an older version changes nothing."""
-    await _keep(
-        db,
-        Pool,
-        tenant_id=tenant_id,
-        id=pool.id,
-        version=version,
-        purpose=pool.purpose,
-        clinic_ids=list(pool.clinic_ids),
-        specialty_codes=list(pool.specialty_codes),
-        active=pool.active,
-    )
-
-
-async def _keep(db: AsyncSession, model: type[Clinic] | type[Pool], **values: object) -> None:
+async def keep(db: AsyncSession, model: type[Clinic] | type[Pool], **values: object) -> None:
+    """Merge a full state; one of an older `version` changes nothing."""
     statement = insert(model).values(values)
     await db.execute(
         statement.on_conflict_do_update(

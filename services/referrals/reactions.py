@@ -1,4 +1,4 @@
-"""What referrals does on events: visits move the loop; pools and clinics are kept for its owners and clocks."""
+"""What referrals does on events and as time passes: visits move the loop, pools and clinics are kept, lateness is told."""
 
 from datetime import datetime
 
@@ -9,25 +9,49 @@ from care.scheduling.v1 import events_pb2 as scheduling
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from chassis.pipeline import Runtime
 from chassis.reactions import Reactions
+from chassis.timers import due
 from chassis.wire import to_time
-from services.referrals.projections import calendar_of, keep_clinic, keep_pool
+from services.referrals.projections import Clinic, Pool, calendar_of, keep
 from services.referrals.referral import Referral, ReferralVisit
 
 reactions = Reactions()
+OVERDUE = "overdue referrals"
+"""Name of the loop that tells what is past due."""
 _NEVER_PROMISED = ("PENDING", "PROPOSED", "WAITLIST")
 
 
 @reactions.on("pool.changed", payload=patients.PoolState)
 async def store_pool(pool: patients.PoolState, event: Event, db: AsyncSession) -> None:
     """By full state and version: any order gives the same."""
-    await keep_pool(db, event.tenant_id, pool, event.version)
+    await keep(
+        db,
+        Pool,
+        tenant_id=event.tenant_id,
+        id=pool.id,
+        version=event.version,
+        purpose=pool.purpose,
+        clinic_ids=list(pool.clinic_ids),
+        specialty_codes=list(pool.specialty_codes),
+        active=pool.active,
+    )
 
 
 @reactions.on("clinic.changed", payload=directory_pb2.Clinic)
 async def store_clinic(clinic: directory_pb2.Clinic, event: Event, db: AsyncSession) -> None:
     """By full state and version: any order gives the same."""
-    await keep_clinic(db, event.tenant_id, clinic, event.version)
+    await keep(
+        db,
+        Clinic,
+        tenant_id=event.tenant_id,
+        id=clinic.id,
+        version=event.version,
+        time_zone=clinic.time_zone,
+        holiday_region=clinic.holiday_region,
+        closed_dates=sorted(clinic.closed_dates),
+        security_labels=sorted(clinic.security_labels),
+    )
 
 
 @reactions.on(
@@ -94,3 +118,12 @@ async def follow(db: AsyncSession, referral: Referral, since: datetime, reason_c
     )
     calendar = await calendar_of(db, referral.tenant_id, referral.clinic_id)
     referral.follow(visits.scalars(), calendar, since, reason_code=reason_code)
+
+
+async def tell_overdue(runtime: Runtime) -> int:
+    """Tell `referral.overdue` once per due time of an open referral; closed ones have none."""
+    async with runtime.database.acting("system:referrals") as db:
+        rows = await due(db, Referral, Referral.due_time, Referral.overdue_told.is_(False))
+        for referral in rows:
+            referral.tell_overdue()
+    return len(rows)

@@ -7,8 +7,7 @@ from care.referrals.v1 import events_pb2, referrals_pb2
 from chassis.errors import AlreadyExists
 from chassis.service import Service
 from chassis.timers import Loop
-from services.referrals.overdue import LOOP, tell_overdue
-from services.referrals.reactions import reactions
+from services.referrals.reactions import OVERDUE, reactions, tell_overdue
 from services.referrals.referral import Base
 from services.referrals.servicer_referrals import ReferralsServicer
 
@@ -20,7 +19,7 @@ SERVICE = Service(
     payloads={"referral": events_pb2.ReferralEvent},
     reactions=reactions,
     hears=("scheduling",),
-    loops=(Loop(LOOP, tell_overdue, every=5.0),),
+    loops=(Loop(OVERDUE, tell_overdue, every=5.0),),
     reasons={
         "referral_identifier_key": (
             AlreadyExists,

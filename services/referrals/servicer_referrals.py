@@ -262,5 +262,3 @@ async def _claim_identifiers(call: Call, referral: Referral) -> None:
                 tenant_id=call.tenant_id, id=new_id(), referral_id=referral.id, system=system, value=value
             )
         )
-
-

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from zoneinfo import ZoneInfo
 
 from sqlalchemy import BigInteger, Boolean, Text, Uuid, bindparam, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from chassis.errors import AlreadyExists, FailedPrecondition, Invalid, LostRace, PermissionDenied, Problem
+from chassis.errors import AlreadyExists, FailedPrecondition, Invalid, LostRace, PermissionDenied
 from services.scheduling import occupancy
 from services.scheduling.appointment import Appointment, Status
 from services.scheduling.availability import DAY, open_intervals
@@ -44,7 +43,9 @@ class Candidate:
     """Holds stand in the way whose time is over."""
 
     def lane(self, cap: int) -> int | None:
-        """The first lane up to `cap` in which nothing stands."""
+        """The first lane up to `cap` in which nothing stands; where nothing is permitted, nothing may stand in any."""
+        if self.live and not cap:
+            return None
         return next((lane for lane in range(min(cap, LANES - 1) + 1) if lane not in self.live), None)
 
 
@@ -80,7 +81,13 @@ class Found:
         first = datetime.fromtimestamp(start, zone).date()
         closed = self.clinic.closed_days(first - timedelta(days=1), first + timedelta(days=2))
         opened = open_intervals(
-            self.schedule.weekly(), self.schedule.exceptions_(), closed, zone, start - DAY, self.end + DAY, visit_type.id
+            self.schedule.weekly(),
+            self.schedule.exceptions_(),
+            closed,
+            zone,
+            start - DAY,
+            self.end + DAY,
+            visit_type.id,
         )
         if not any(begin <= start and self.end <= end for begin, end in opened):
             raise _outside("The practitioner's hours at this clinic don't hold this visit.")
@@ -99,15 +106,13 @@ class Found:
         cap = self._cap(overbooking, groups)
         chosen: dict[Candidate, int] = {}
         for group in groups:
-            best = min(group, key=lambda one: (bool(one.live), one.stale))
-            lane = best.lane(cap) if cap else (None if best.live else 0)
-            if lane is None:
-                raise self._full(cap)
-            chosen[best] = lane
-        lane = patient.lane(LANES - 1) if overbooking is not None and overbooking.patient_overlap else None
-        if patient.live and lane is None:
+            best = min(group, key=lambda one: (one.lane(cap) is None, bool(one.live), one.stale))
+            chosen[best] = self._lane(best, cap)
+        overlaps = overbooking is not None and overbooking.patient_overlap
+        lane = patient.lane(LANES - 1 if overlaps else 0)
+        if lane is None:
             raise busy()
-        chosen[patient] = lane or 0
+        chosen[patient] = lane
         return chosen
 
     def _cap(self, overbooking: Overbooking | None, groups: Sequence[Sequence[Candidate]]) -> int:
@@ -122,12 +127,15 @@ class Found:
             raise FailedPrecondition("OVERBOOKING_NOT_ALLOWED", "This visit type is never overbooked.")
         return int(self.visit_type.overbooking_cap)
 
-    def _full(self, cap: int) -> Problem:
-        if cap:
-            return AlreadyExists(
+    def _lane(self, one: Candidate, cap: int) -> int:
+        lane = one.lane(cap)
+        if lane is None and cap:
+            raise AlreadyExists(
                 "OVERBOOKING_CAP_REACHED", "As many visits as the visit type permits share this time already."
             )
-        return taken()
+        if lane is None:
+            raise taken()
+        return lane
 
     def _of(self, kind: str) -> list[Candidate]:
         return [one for one in self.candidates if one.kind == kind]
@@ -153,8 +161,8 @@ class Chosen:
 
     found: Found
     lanes: dict[Candidate, int]
-    victims: Sequence[str]
-    """Expired holds that were ended for it."""
+    freed: Sequence[str]
+    """Whose rows go: the appointment that moves, expired holds that were ended for it."""
 
     @property
     def overbooking(self) -> int:
@@ -194,7 +202,6 @@ class Chosen:
 
     async def take(self, db: AsyncSession, appointment: Appointment) -> None:
         """Take it all or nothing. Raises AlreadyExists `SLOT_TAKEN`, `PATIENT_BUSY`, or LostRace to try once more."""
-        own = [appointment.id] if appointment.history[-1]["action"] == "reschedule" else []
         missing = await occupancy.take(
             db,
             appointment.tenant_id,
@@ -202,7 +209,7 @@ class Chosen:
             [self.found.span(one, lane) for one, lane in self.lanes.items()],
             patient_id=appointment.patient_id,
             expire_time=appointment.hold_expire_time if appointment.status is Status.PENDING else None,
-            freed=[*own, *self.victims],
+            freed=self.freed,
         )
         if not missing:
             return
@@ -235,7 +242,7 @@ async def choose(
     notice = 60 * found.visit_type.minimum_notice_minutes
     found.check(int(now.timestamp()) + (notice or -int(walk_in)))
     lanes = found.choose(overbooking)
-    victims: list[str] = []
+    freed = [moving.id] if moving is not None else []
     stale = [one for one in lanes if one.stale]
     if stale or moving is not None:
         numbers = {one.no for one in lanes}
@@ -243,8 +250,8 @@ async def choose(
             numbers |= set(await occupancy.numbers(db, tenant_id, moving.id))
         await occupancy.lock(db, sorted(numbers))
     if stale:
-        victims = await _end_expired(db, tenant_id, [found.span(one, lanes[one]) for one in stale])
-    return Chosen(found, lanes, victims)
+        freed += await _end_expired(db, tenant_id, [found.span(one, lanes[one]) for one in stale])
+    return Chosen(found, lanes, freed)
 
 
 async def _find(db: AsyncSession, tenant_id: str, patient_id: str, place: Place, own: str) -> Found:

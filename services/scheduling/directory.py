@@ -207,9 +207,7 @@ class VisitType(DirectoryRow, Base):
     def check(self) -> None:
         for field in ("code", "name", "duration_minutes"):
             if not getattr(self, field):
-                raise Invalid(
-                    f"{field.upper()}_MISSING", f"A visit type needs {field}.", field=f"visit_type.{field}"
-                )
+                raise Invalid(f"{field.upper()}_MISSING", f"A visit type needs {field}.", field=f"visit_type.{field}")
 
     @property
     def grid(self) -> int:

@@ -97,6 +97,11 @@ async def lock(db: AsyncSession, numbers: Sequence[int]) -> None:
     await db.execute(_LOCK, {"nos": list(numbers)})
 
 
+async def numbers(db: AsyncSession, tenant_id: str, holder_id: str) -> list[int]:
+    """The numbers of all that a holder has."""
+    return list((await db.execute(_NUMBERS, {"tenant": tenant_id, "holder": holder_id})).scalars())
+
+
 async def take(
     db: AsyncSession,
     tenant_id: str,
@@ -153,6 +158,7 @@ _INSERT = "INSERT INTO occupancy (tenant_id, holder_id, no, lane, during, expire
 _LOCK = text("SELECT no FROM bookable WHERE no = ANY(:nos) ORDER BY no FOR NO KEY UPDATE").bindparams(
     bindparam("nos", type_=_INTS)
 )
+_NUMBERS = text("SELECT no FROM occupancy WHERE tenant_id = :tenant AND holder_id = :holder").bindparams(*_WHOSE)
 _TAKE = text(
     f"{_INSERT} SELECT :tenant, :holder, s.no, s.lane,"
     f" int8range({PACKED.format(no='s.no', lane='s.lane')} + s.first,"

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
-from care.scheduling.v1 import directory_pb2
+from care.scheduling.v1 import appointments_pb2, directory_pb2, events_pb2
 
 from chassis.errors import AlreadyExists
-from chassis.reactions import Reactions
 from chassis.service import Service
+from chassis.timers import Loop
 from services.scheduling.directory import Base
+from services.scheduling.expiry import expire_holds
+from services.scheduling.reactions import reactions
+from services.scheduling.servicer_appointments import AppointmentsServicer
+from services.scheduling.servicer_availability import AvailabilityServicer
 from services.scheduling.servicer_directory import (
     ClinicsServicer,
     PractitionersServicer,
@@ -15,6 +19,7 @@ from services.scheduling.servicer_directory import (
     SchedulesServicer,
     VisitTypesServicer,
 )
+from services.scheduling.settings import SchedulingSettings
 
 SERVICE = Service(
     name="scheduling",
@@ -26,6 +31,8 @@ SERVICE = Service(
         directory_pb2.DESCRIPTOR.services_by_name["ResourcesService"]: ResourcesServicer(),
         directory_pb2.DESCRIPTOR.services_by_name["VisitTypesService"]: VisitTypesServicer(),
         directory_pb2.DESCRIPTOR.services_by_name["SchedulesService"]: SchedulesServicer(),
+        appointments_pb2.DESCRIPTOR.services_by_name["AvailabilityService"]: AvailabilityServicer(),
+        appointments_pb2.DESCRIPTOR.services_by_name["AppointmentsService"]: AppointmentsServicer(),
     },
     payloads={
         "clinic": directory_pb2.Clinic,
@@ -33,9 +40,14 @@ SERVICE = Service(
         "resource": directory_pb2.Resource,
         "visit_type": directory_pb2.VisitType,
         "schedule": directory_pb2.Schedule,
+        "appointment": events_pb2.AppointmentEvent,
+        "hold": events_pb2.AppointmentEvent,
     },
-    reactions=Reactions(),
+    reactions=reactions,
+    loops=(Loop("hold expiry", expire_holds, every=1.0),),
+    settings=SchedulingSettings,
     reasons={
+        "occupancy_taken": (AlreadyExists, "SLOT_TAKEN", "This time is taken; search for another one."),
         "directory_identifier_key": (
             AlreadyExists,
             "IDENTIFIER_TAKEN",

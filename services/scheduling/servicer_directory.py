@@ -91,9 +91,7 @@ class PractitionersServicer(PractitionersServiceServicer):
     async def GetPractitioner(self, request: pb.GetPractitionerRequest, call: Call) -> pb.Practitioner:
         return to_proto(await call.get(Practitioner, request.id), pb.Practitioner)
 
-    async def ListPractitioners(
-        self, request: pb.ListPractitionersRequest, call: Call
-    ) -> pb.ListPractitionersResponse:
+    async def ListPractitioners(self, request: pb.ListPractitionersRequest, call: Call) -> pb.ListPractitionersResponse:
         query = call.select(Practitioner)
         if request.clinic_ids:
             query = query.where(Practitioner.clinic_ids.overlap(list(request.clinic_ids)))
@@ -313,10 +311,15 @@ async def _know_clinics(call: Call, clinic_ids: Iterable[str | None]) -> None:
 
 async def _know_practitioner(call: Call, practitioner_id: str | None) -> None:
     """Raises Invalid `PRACTITIONER_UNKNOWN`."""
-    known = practitioner_id and (
-        await call.db.execute(
-            select(Practitioner.id).where(Practitioner.tenant_id == call.tenant_id, Practitioner.id == practitioner_id)
-        )
-    ).scalar_one_or_none()
+    known = (
+        practitioner_id
+        and (
+            await call.db.execute(
+                select(Practitioner.id).where(
+                    Practitioner.tenant_id == call.tenant_id, Practitioner.id == practitioner_id
+                )
+            )
+        ).scalar_one_or_none()
+    )
     if not known:
         raise Invalid("PRACTITIONER_UNKNOWN", "There is no such practitioner.", field="practitioner_id")

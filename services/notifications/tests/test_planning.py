@@ -65,7 +65,7 @@ def test_a_replay_plans_the_same_rows() -> None:
 
 
 def test_an_offset_without_sense_is_refused() -> None:
-    for kind, amount in (("booked", 1), ("days_before", 0), ("minutes_before", -5)):
+    for kind, amount in (("at_booking", 1), ("days_before", 0), ("minutes_before", -5)):
         with pytest.raises(ValueError, match="amount"):
             Offset("x", kind, amount)  # type: ignore[arg-type]
 

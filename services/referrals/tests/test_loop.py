@@ -221,6 +221,7 @@ async def test_the_list_is_due_first_and_filters_by_owner_state_and_due_time(des
     assert await listed() == [stat.id, routine.id, gone.id]
     assert await listed(open=True) == [stat.id, routine.id]
     assert await listed(business_statuses=[State.CANCELLED]) == [gone.id]
+    assert await listed(business_statuses=[0, 99]) == []
     assert await listed(owner_ids=[desk.general]) == []
     assert await listed(due_before=routine.due_time) == [stat.id]
     page = await desk.rpc("ListReferrals", pb.ListReferralsRequest(patient_ids=[patient], page_size=2))
@@ -268,9 +269,7 @@ async def test_a_moved_visit_moves_the_time_and_the_due_time_and_a_confirmed_one
 async def test_the_report_is_due_seven_days_after_the_end_of_the_visit(desk):
     referral = await desk.accepted()
     start = datetime.now(UTC).replace(microsecond=0) - timedelta(days=1)
-    await desk.tell(
-        desk.visit("fulfilled", referral, version=5, visit_id=new_id(), status="FULFILLED", start=start)
-    )
+    await desk.tell(desk.visit("fulfilled", referral, version=5, visit_id=new_id(), status="FULFILLED", start=start))
     seen = await desk.read(referral)
     due = seen.due_time.ToDatetime(tzinfo=UTC) - start - timedelta(minutes=30)
     assert abs(due - timedelta(days=7)) <= timedelta(hours=1)  # an hour where the clocks change
@@ -295,9 +294,7 @@ async def test_a_no_show_that_is_reverted_is_scheduled_again_and_was_no_attempt(
     await desk.tell(desk.visit("noshow", referral, version=2, visit_id=visit_id, status="NOSHOW"))
     missed = await desk.read(referral)
     assert (missed.business_status, missed.attempts) == (State.UNATTENDED, 1)
-    reverted = desk.visit(
-        "reverted", referral, version=3, visit_id=visit_id, status="BOOKED", previous_status="NOSHOW"
-    )
+    reverted = desk.visit("reverted", referral, version=3, visit_id=visit_id, status="BOOKED", previous_status="NOSHOW")
     await desk.tell(reverted)
     again = await desk.read(referral)
     assert (again.business_status, again.attempts) == (State.SCHEDULED, 0)
@@ -316,9 +313,7 @@ async def test_cancelling_the_former_visit_after_another_was_booked_changes_noth
 async def test_a_hold_that_was_released_was_no_visit(desk):
     referral = await desk.accepted()
     await desk.tell(
-        desk.visit(
-            "released", referral, version=2, visit_id=new_id(), status="CANCELLED", previous_status="PENDING"
-        )
+        desk.visit("released", referral, version=2, visit_id=new_id(), status="CANCELLED", previous_status="PENDING")
     )
     now = await desk.read(referral)
     assert (now.business_status, now.attempts) == (State.ACCEPTED, 0)
@@ -328,9 +323,7 @@ async def test_a_visit_made_by_mistake_leaves_the_referral_as_accepted(desk):
     referral = await desk.accepted()
     visit_id = new_id()
     await desk.tell(desk.visit("booked", referral, version=1, visit_id=visit_id, status="BOOKED"))
-    await desk.tell(
-        desk.visit("entered_in_error", referral, version=2, visit_id=visit_id, status="ENTERED_IN_ERROR")
-    )
+    await desk.tell(desk.visit("entered_in_error", referral, version=2, visit_id=visit_id, status="ENTERED_IN_ERROR"))
     now = await desk.read(referral)
     assert (now.business_status, now.appointment_id) == (State.ACCEPTED, "")
     assert names(await desk.told(referral))[-1] == "referral.unscheduled"

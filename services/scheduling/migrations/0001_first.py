@@ -16,6 +16,15 @@ def upgrade() -> None:
     for statement in chassis_schema("0001"):
         op.get_bind().exec_driver_sql(statement)
     op.create_table(
+        "bookable",
+        sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("ref_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("no", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("tenant_id", "ref_id", name=op.f("bookable_pkey")),
+        sa.UniqueConstraint("no", name=op.f("bookable_no_key")),
+    )
+    op.create_table(
         "clinic",
         sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),
         sa.Column("id", sa.Uuid(as_uuid=False), nullable=False),
@@ -47,6 +56,12 @@ def upgrade() -> None:
     )
     op.create_index("clinic_by_name", "clinic", ["tenant_id", "name", "id"], unique=False)
     op.create_table(
+        "deceased_patient",
+        sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("patient_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.PrimaryKeyConstraint("tenant_id", "patient_id", name=op.f("deceased_patient_pkey")),
+    )
+    op.create_table(
         "directory_identifier",
         sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),
         sa.Column("id", sa.Uuid(as_uuid=False), nullable=False),
@@ -58,6 +73,21 @@ def upgrade() -> None:
         sa.UniqueConstraint("tenant_id", "system", "value", name="directory_identifier_key"),
     )
     op.create_index(op.f("directory_identifier_owner_id_ix"), "directory_identifier", ["owner_id"], unique=False)
+    op.create_table(
+        "occupancy",
+        sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("holder_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("no", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("lane", sa.BigInteger(), nullable=False),
+        sa.Column("during", postgresql.INT8RANGE(), nullable=False),
+        sa.Column("expire_time", sa.DateTime(timezone=True), nullable=True),
+        postgresql.ExcludeConstraint((sa.column("during"), "&&"), using="gist", name="occupancy_taken"),
+        sa.CheckConstraint(
+            "no BETWEEN 1 AND 536870910 AND lane BETWEEN 0 AND 3 AND NOT isempty(during) AND NOT lower_inf(during) AND NOT upper_inf(during) AND lower(during) >= (((no) << 34) + (((lane)::bigint) << 32)) AND upper(during) <= (((no) << 34) + (((lane)::bigint) << 32)) + 4294967296",
+            name=op.f("occupancy_within_check"),
+        ),
+        sa.PrimaryKeyConstraint("tenant_id", "holder_id", "no", name=op.f("occupancy_pkey")),
+    )
     op.create_table(
         "practitioner",
         sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),
@@ -157,6 +187,79 @@ def upgrade() -> None:
         sa.Column("security_labels", postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False),
         sa.PrimaryKeyConstraint("tenant_id", "id", name=op.f("visit_type_pkey")),
         sa.UniqueConstraint("tenant_id", "code", name="visit_type_code_key"),
+    )
+    op.create_table(
+        "appointment",
+        sa.Column("tenant_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("version", sa.BigInteger(), nullable=False),
+        sa.Column(
+            "create_time", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
+        ),
+        sa.Column(
+            "update_time", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
+        ),
+        sa.Column("patient_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column(
+            "status",
+            sa.Enum(
+                "PROPOSED",
+                "PENDING",
+                "BOOKED",
+                "ARRIVED",
+                "FULFILLED",
+                "CANCELLED",
+                "NOSHOW",
+                "ENTERED_IN_ERROR",
+                "CHECKED_IN",
+                "WAITLIST",
+                name="status",
+                native_enum=False,
+                length=40,
+            ),
+            nullable=False,
+        ),
+        sa.Column("visit_type_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("clinic_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("practitioner_id", sa.Uuid(as_uuid=False), nullable=False),
+        sa.Column("start_time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("end_time", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("time_zone", sa.Text(), nullable=False),
+        sa.Column("modality", sa.Text(), nullable=False),
+        sa.Column("participants", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
+        sa.Column("based_on", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'[]'"), nullable=False),
+        sa.Column("hold_expire_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("schedule_version", sa.BigInteger(), nullable=False),
+        sa.Column("cancelation_reason", postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=True),
+        sa.Column("late_cancel", sa.Boolean(), nullable=False),
+        sa.Column("late_cancel_hours", sa.BigInteger(), nullable=False),
+        sa.Column("confirm_time", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("overbooking", sa.BigInteger(), nullable=False),
+        sa.Column("comment", sa.Text(), nullable=False),
+        sa.Column("security_labels", postgresql.ARRAY(sa.Text()), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column("history", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["tenant_id", "patient_id"],
+            ["record_subject.tenant_id", "record_subject.patient_id"],
+            name="appointment_subject_fkey",
+        ),
+        sa.PrimaryKeyConstraint("tenant_id", "id", name=op.f("appointment_pkey")),
+    )
+    op.create_index(
+        "appointment_by_clinic", "appointment", ["tenant_id", "clinic_id", "start_time", "id"], unique=False
+    )
+    op.create_index(
+        "appointment_by_patient", "appointment", ["tenant_id", "patient_id", "start_time", "id"], unique=False
+    )
+    op.create_index(
+        "appointment_by_practitioner", "appointment", ["tenant_id", "practitioner_id", "start_time", "id"], unique=False
+    )
+    op.create_index(
+        "appointment_held",
+        "appointment",
+        ["hold_expire_time"],
+        unique=False,
+        postgresql_where=sa.text("status = 'PENDING'"),
     )
 
 

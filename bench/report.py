@@ -1,0 +1,107 @@
+"""What was measured as a table, and as docs/performance.md."""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from bench.workloads import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "docs" / "performance.md"
+_BEGIN, _END = "<!-- measured: begin -->", "<!-- measured: end -->"
+FLOORS = {
+    "summary, 50 tokens": "300/s",
+    "book": "250/s",
+    "16 rivals a slot": "60 booked/s, loser's p99 < 100 ms",
+    "commit to reminder row": "p99 < 100 ms at 100/s",
+}
+
+
+def table(figures: list[Figure]) -> str:
+    """A Markdown table; milliseconds, and CPU-ms per operation by group of processes."""
+    lines = [
+        "| workload | per second | p50 ms | p99 ms | CPU-ms/op | gateway | services | postgres | kafka | not 2xx | first floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for each in figures:
+        groups = " | ".join(f"{each.cpu.get(name, 0):.2f}" for name in ("gateway", "services", "postgres", "kafka"))
+        lines.append(
+            f"| {each.name} | {each.rate:,.0f} | {each.p50:.1f} | {each.p99:.1f} | {sum(each.cpu.values()):.2f} | {groups} |"
+            f" {each.refused + each.broken} | {FLOORS.get(each.name, '')} |"
+        )
+    return "\n".join(lines)
+
+
+def remarks(figures: list[Figure]) -> str:
+    """The further figures, one line per workload."""
+    return "\n".join(
+        f"- {each.name}: " + ", ".join(f"{name} {value:,.1f}" for name, value in each.more.items())
+        for each in figures
+        if each.more
+    )
+
+
+def machine() -> str:
+    """What it ran on and what was measured."""
+    model = next(
+        (line.split(":", 1)[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")),
+        platform.machine(),
+    )
+    memory = psutil.virtual_memory().total / 2**30
+    changed = "; with changes not committed" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    return (
+        f"{os.cpu_count()} cores ({model}), {memory:.0f} GB, Python {platform.python_version()}, "
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {_git('rev-parse', '--short', 'HEAD')}{changed}"
+    )
+
+
+def write(command: str, figures: list[Figure], notes: list[str]) -> None:
+    """Replace the measured part of docs/performance.md; the text around it stays."""
+    part = "\n\n".join(
+        [
+            _BEGIN,
+            f"Measured on {machine()}, by `{command}`:",
+            table(figures),
+            "\n".join([remarks(figures), *(f"- {note}" for note in notes)]).strip(),
+            _END,
+        ]
+    )
+    old = FILE.read_text() if FILE.exists() else _FIRST
+    before, _, rest = old.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    FILE.parent.mkdir(exist_ok=True)
+    FILE.write_text(before + part + (after or "\n"))
+
+
+def _git(*arguments: str) -> str:
+    found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown" if arguments[0] == "rev-parse" else found.stdout.strip()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+_FIRST = f"""# Performance
+
+`make bench` starts the whole system as it runs in production, on one machine: six processes, a real Apache Kafka, PostgreSQL
+with fsync on; authentication, validation and audit are on. 100,000 patients, 1,000,000 appointments with their occupancy,
+200,000 referrals, 300,000 messages, 100,000 survey answers and tasks. The load comes from wrk (16 connections, one thread) on the
+same cores. Each figure is the median of three interleaved runs after three seconds of warm-up. CPU-ms per operation is
+user and system time of the processes of a group; for bookings it includes everything that their events set off in other services.
+
+- *summary*: `GET /v1/patients/{{id}}/summary` of random patients, 50 tokens in turn; also with one token, and with each leg
+  as an RPC of its own (`CARE_BATCH_LEGS=false`).
+- *book*: `POST /v1/appointments`, another slot and patient each time; practitioner and patient are taken.
+- *16 rivals a slot*: sixteen clients ask for one slot at the same moment, the next slot when all are answered. Per second:
+  bookings; latencies: the losers'.
+- *commit to reminder row*: bookings at 100 per second; from the booking's commit to the commit of its reminders in the
+  database of notifications, over outbox, relay, Kafka and consumer, both by PostgreSQL's commit timestamps.
+
+{_BEGIN}
+{_END}
+"""

@@ -1,0 +1,48 @@
+"""What scheduling does on others' events."""
+
+from care.events.v1.envelope_pb2 import Event
+from care.patients.v1 import events_pb2 as patients
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from chassis.reactions import Reactions
+from services.scheduling import occupancy
+from services.scheduling.appointment import DECEASED, Appointment, DeceasedPatient, Status
+
+reactions = Reactions()
+
+
+@reactions.on("patient.deceased", payload=patients.PatientEvent)
+async def stop_visits(patient: patients.PatientEvent, event: Event, db: AsyncSession) -> None:
+    """Nothing more is booked, and what lies ahead is cancelled. Once and for all: any order gives the same.
+
+    The patient's row is locked against bookings under way: each has either committed, and is cancelled here, or finds
+    the patient dead when it takes its time.
+    """
+    subject = db.info["runtime"].tables.access.subject
+    await db.execute(
+        select(subject.c.patient_id)
+        .where(subject.c.tenant_id == event.tenant_id, subject.c.patient_id == patient.id)
+        .with_for_update()
+    )
+    await db.execute(
+        insert(DeceasedPatient).values(tenant_id=event.tenant_id, patient_id=patient.id).on_conflict_do_nothing()
+    )
+    now = db.info["act"].now
+    ahead = (
+        select(Appointment)
+        .where(
+            Appointment.tenant_id == event.tenant_id,
+            Appointment.patient_id == patient.id,
+            Appointment.status.in_([Status.PENDING, Status.BOOKED]),
+            Appointment.start_time > now,
+        )
+        .order_by(Appointment.id)
+        .with_for_update(of=Appointment, key_share=True)
+    )
+    visits = list((await db.execute(ahead)).scalars())
+    for visit in visits:
+        visit.cancel(DECEASED, now)
+    if visits:
+        await occupancy.free(db, *((one.tenant_id, one.id) for one in visits))

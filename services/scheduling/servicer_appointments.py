@@ -1,0 +1,270 @@
+"""Appointments over gRPC: each RPC is one verb of the lifecycle."""
+
+from datetime import date, datetime, time, timedelta
+from typing import Any, Protocol
+
+from care.scheduling.v1 import appointments_pb2 as pb
+from care.scheduling.v1.appointments_pb2_grpc import AppointmentsServiceServicer
+from sqlalchemy import select
+
+from chassis.calendar import at_local
+from chassis.call import Call
+from chassis.errors import FailedPrecondition, Invalid
+from chassis.ids import new_id
+from chassis.signing import Signer
+from chassis.wire import enum_names, plain, to_proto, to_time
+from services.scheduling import booking, occupancy, offers
+from services.scheduling.appointment import Appointment
+from services.scheduling.directory import Clinic
+from services.scheduling.offers import Place
+
+
+class Wanting(Protocol):
+    """What requests for a place have in common."""
+
+    offer_token: str
+    clinic_id: str
+    practitioner_id: str
+    start_time: Any
+
+    def HasField(self, name: Any) -> bool: ...
+
+
+class AppointmentsServicer(AppointmentsServiceServicer):
+    """Appointments, from the hold to the end."""
+
+    async def CreateAppointment(self, request: pb.CreateAppointmentRequest, call: Call) -> pb.Appointment:
+        place = _offered(request.offer_token, call) if request.offer_token else _named(request, request.visit_type_id)
+        overbooking = _overbooking(request, call)
+        chosen = await _choose(call, request.patient_id, place, overbooking)
+        appointment = _new(request, call, chosen)
+        appointment.comment = request.comment
+        appointment.book(_reason(chosen, overbooking))
+        return await _taken(call, appointment, chosen)
+
+    async def HoldAppointment(self, request: pb.HoldAppointmentRequest, call: Call) -> pb.Appointment:
+        chosen = await _choose(call, request.patient_id, _offered(request.offer_token, call))
+        appointment = _new(request, call, chosen)
+        seconds = request.hold_seconds or call.runtime.settings.hold_default  # type: ignore[attr-defined]
+        appointment.hold(call.now + timedelta(seconds=seconds))
+        return await _taken(call, appointment, chosen)
+
+    async def BookAppointment(self, request: pb.BookAppointmentRequest, call: Call) -> pb.Appointment:
+        appointment = await call.get(Appointment, request.id, etag=request.etag)
+        if appointment.expired:
+            raise _hold_expired()
+        if request.based_on:
+            appointment.based_on = [plain(one) for one in request.based_on]
+        appointment.comment = request.comment or appointment.comment
+        appointment.book()
+        # Who took the slot over has taken the rows away; one that is merely late finds them expired.
+        if await occupancy.keep(call.db, call.tenant_id, appointment.id) < len(appointment.participants):
+            raise _hold_expired()
+        return await _answer(call, appointment)
+
+    async def ReleaseAppointment(self, request: pb.ReleaseAppointmentRequest, call: Call) -> pb.Appointment:
+        appointment = await call.get(Appointment, request.id)
+        appointment.release()
+        return await _freed(call, appointment)
+
+    async def RescheduleAppointment(self, request: pb.RescheduleAppointmentRequest, call: Call) -> pb.Appointment:
+        appointment = await call.get(Appointment, request.id, etag=request.etag)
+        # Before any resource is locked: one in another status holds up nobody.
+        appointment.lifecycle.arrow("reschedule", appointment.status)
+        if request.offer_token:
+            place = _offered(request.offer_token, call)
+        else:
+            place = _named(request, appointment.visit_type_id, appointment)
+        if place.visit_type_id != appointment.visit_type_id:
+            raise Invalid("OFFER_INVALID", "The offer is for another visit type.", field="offer_token")
+        overbooking = _overbooking(request, call)
+        chosen = await _choose(call, appointment.patient_id, place, overbooking, moving=appointment)
+        appointment.reschedule(_reason(chosen, overbooking), **chosen.values())
+        await chosen.take(call.db, appointment)
+        return await _answer(call, appointment)
+
+    async def ConfirmAppointment(self, request: pb.ConfirmAppointmentRequest, call: Call) -> pb.Appointment:
+        appointment = await call.get(Appointment, request.id)
+        appointment.confirm(call.now)
+        return await _answer(call, appointment)
+
+    async def ArriveAppointment(self, request: pb.ArriveAppointmentRequest, call: Call) -> pb.Appointment:
+        appointment = await call.get(Appointment, request.id)
+        appointment.arrive(call.now)
+        return await _answer(call, appointment)
+
+    async def CheckInAppointment(self, request: pb.CheckInAppointmentRequest, call: Call) -> pb.Appointment:
+        appointment = await call.get(Appointment, request.id)
+        appointment.check_in()
+        return await _answer(call, appointment)
+
+    async def FulfillAppointment(self, request: pb.FulfillAppointmentRequest, call: Call) -> pb.Appointment:
+        appointment = await call.get(Appointment, request.id)
+        appointment.fulfill()
+        return await _answer(call, appointment)
+
+    async def MarkNoShowAppointment(self, request: pb.MarkNoShowAppointmentRequest, call: Call) -> pb.Appointment:
+        appointment = await call.get(Appointment, request.id)
+        grace = call.runtime.settings.no_show_grace  # type: ignore[attr-defined]
+        appointment.mark_no_show(call.now, timedelta(seconds=grace))
+        return await _answer(call, appointment)
+
+    async def CancelAppointment(self, request: pb.CancelAppointmentRequest, call: Call) -> pb.Appointment:
+        appointment = await call.get(Appointment, request.id, etag=request.etag)
+        appointment.cancel(plain(request.reason), call.now)
+        return await _freed(call, appointment)
+
+    async def RevertAppointment(self, request: pb.RevertAppointmentRequest, call: Call) -> pb.Appointment:
+        appointment = await call.get(Appointment, request.id)
+        appointment.revert(call.now)
+        return await _answer(call, appointment)
+
+    async def EnterInErrorAppointment(self, request: pb.EnterInErrorAppointmentRequest, call: Call) -> pb.Appointment:
+        appointment = await call.get(Appointment, request.id)
+        appointment.enter_in_error()
+        return await _freed(call, appointment)
+
+    async def GetAppointment(self, request: pb.GetAppointmentRequest, call: Call) -> pb.Appointment:
+        return to_proto(await call.get(Appointment, request.id), pb.Appointment)
+
+    async def ListAppointments(self, request: pb.ListAppointmentsRequest, call: Call) -> pb.ListAppointmentsResponse:
+        query = call.select(Appointment)
+        if request.patient_ids:
+            query = query.where(Appointment.patient_id.in_(list(request.patient_ids)))
+        if request.clinic_ids:
+            query = query.where(Appointment.clinic_id.in_(list(request.clinic_ids)))
+        if request.practitioner_ids:
+            query = query.where(Appointment.practitioner_id.in_(list(request.practitioner_ids)))
+        if request.statuses:
+            query = query.where(Appointment.status.in_(enum_names(pb.Appointment.Status, request.statuses)))
+        first = to_time(request.start_time_from) if request.HasField("start_time_from") else None
+        before = to_time(request.start_time_before) if request.HasField("start_time_before") else None
+        if request.date:
+            opens, ends = await _clinic_day(request, call)
+            query = query.where(Appointment.start_time >= opens, Appointment.start_time < ends)
+        if first is not None:
+            query = query.where(Appointment.start_time >= first)
+        if before is not None:
+            query = query.where(Appointment.start_time < before)
+        rows, following = await call.page(
+            query, request, Appointment.start_time, Appointment.id, descending=request.descending
+        )
+        return pb.ListAppointmentsResponse(
+            appointments=[to_proto(row, pb.Appointment) for row in rows], next_page_token=following
+        )
+
+    async def BatchGetAppointments(
+        self, request: pb.BatchGetAppointmentsRequest, call: Call
+    ) -> pb.BatchGetAppointmentsResponse:
+        found = await call.db.execute(call.select(Appointment).where(Appointment.id.in_(list(request.ids))))
+        rows = list(found.scalars())
+        call.saw(*(row.patient_id for row in rows))
+        return pb.BatchGetAppointmentsResponse(appointments=[to_proto(row, pb.Appointment) for row in rows])
+
+
+def offer_signer(call: Call) -> Signer:
+    """Signs and opens offers."""
+    return Signer(call.runtime.settings.signing_secret, "offer")
+
+
+def _offered(token: str, call: Call) -> Place:
+    return offers.read(offer_signer(call).open(token), call.tenant_id, int(call.now.timestamp()))
+
+
+def _named(request: Wanting, visit_type_id: str, now: Appointment | None = None) -> Place:
+    """The place that the request's own fields name; what is absent is as the appointment has it."""
+    place = {
+        "visit_type_id": visit_type_id,
+        "clinic_id": request.clinic_id or (now.clinic_id if now is not None else ""),
+        "practitioner_id": request.practitioner_id or (now.practitioner_id if now is not None else ""),
+    }
+    for field, value in place.items():
+        if not value:
+            raise Invalid("PLACE_MISSING", f"Without offer_token, {field} is needed.", field=field)
+    if request.HasField("start_time"):
+        start = to_time(request.start_time)
+    elif now is not None:
+        start = now.start_time
+    else:
+        raise Invalid("PLACE_MISSING", "Without offer_token, start_time is needed.", field="start_time")
+    # A start within a second would be another one to the calendar than to the reader.
+    if start.microsecond:
+        raise Invalid("START_INVALID", "A start is a whole second.", field="start_time")
+    return Place(**place, start=int(start.timestamp()))
+
+
+def _overbooking(request: Any, call: Call) -> booking.Overbooking | None:
+    if not request.HasField("overbooking"):
+        return None
+    asked = request.overbooking
+    return booking.Overbooking(asked.reason, asked.patient_overlap, call.allows("appointments.overbook"))
+
+
+def _reason(chosen: booking.Chosen, overbooking: booking.Overbooking | None) -> str:
+    """Why it was overbooked, where it was."""
+    return overbooking.reason if overbooking is not None and any(chosen.lanes.values()) else ""
+
+
+async def _choose(
+    call: Call,
+    patient_id: str,
+    place: Place,
+    overbooking: booking.Overbooking | None = None,
+    moving: Appointment | None = None,
+) -> booking.Chosen:
+    if moving is None:
+        # First: whether a patient is busy or dead is nobody's to learn who may not see the record.
+        await call.subject(patient_id)
+    walk_in = call.runtime.settings.walk_in if call.caller.kind == "staff" else 0  # type: ignore[attr-defined]
+    return await booking.choose(
+        call.db, call.tenant_id, patient_id, place, call.now, walk_in=walk_in, overbooking=overbooking, moving=moving
+    )
+
+
+def _new(request: Any, call: Call, chosen: booking.Chosen) -> Appointment:
+    appointment = Appointment(
+        tenant_id=call.tenant_id,
+        id=new_id(),
+        patient_id=request.patient_id,
+        based_on=[plain(one) for one in request.based_on],
+    )
+    appointment.place(**chosen.values())
+    return appointment
+
+
+async def _taken(call: Call, appointment: Appointment, chosen: booking.Chosen) -> pb.Appointment:
+    """The appointment goes in first: its foreign key waits for a death that is being recorded, and `take` then sees it."""
+    call.db.add(appointment)
+    await call.db.flush()
+    await chosen.take(call.db, appointment)
+    return to_proto(appointment, pb.Appointment)
+
+
+async def _answer(call: Call, appointment: Appointment) -> pb.Appointment:
+    await call.db.flush()
+    return to_proto(appointment, pb.Appointment)
+
+
+async def _freed(call: Call, appointment: Appointment) -> pb.Appointment:
+    await occupancy.free(call.db, (appointment.tenant_id, appointment.id))
+    return await _answer(call, appointment)
+
+
+async def _clinic_day(request: pb.ListAppointmentsRequest, call: Call) -> tuple[datetime, datetime]:
+    """The first instant of the day in the clinic's zone, and that of the next day."""
+    if len(request.clinic_ids) != 1:
+        raise Invalid("CLINIC_MISSING", "date needs exactly one clinic: days begin by its clock.", field="clinic_ids")
+    try:
+        day = date.fromisoformat(request.date)
+    except ValueError:
+        raise Invalid("DATE_INVALID", "There is no such day in the calendar.", field="date") from None
+    zones = select(Clinic.time_zone).where(Clinic.tenant_id == call.tenant_id, Clinic.id == request.clinic_ids[0])
+    zone = (await call.db.execute(zones)).scalar_one_or_none()
+    if zone is None:
+        raise Invalid("CLINIC_UNKNOWN", "There is no such clinic.", field="clinic_ids")
+    midnight = time(0)
+    return at_local(day, midnight, zone or "UTC"), at_local(day + timedelta(days=1), midnight, zone or "UTC")
+
+
+def _hold_expired() -> FailedPrecondition:
+    return FailedPrecondition("HOLD_EXPIRED", "The hold ended before it was booked; search again.")

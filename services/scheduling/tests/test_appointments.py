@@ -1,0 +1,566 @@
+"""Appointments over gRPC: what may follow what, who is told, and what a refusal says."""
+
+import asyncio
+from datetime import UTC, date, datetime, timedelta
+
+import pytest
+from care.scheduling.v1 import appointments_pb2 as pb
+from care.scheduling.v1.appointments_pb2_grpc import AppointmentsServiceStub
+
+from chassis.ids import new_id
+from services.scheduling.settings import SchedulingSettings
+from services.scheduling.tests.desk import Counted, refused, soon
+
+Status = pb.Appointment.Status
+_hours = iter(range(10_000))
+
+
+def when():
+    """A time of its own for each test: four days ahead, three hours further each."""
+    return soon(days=4, hour=0) + timedelta(hours=3 * next(_hours))
+
+
+async def booked(desk, **more):
+    return await desk.book(await desk.a_patient(), when(), **more)
+
+
+# -- booking -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_booking_says_who_takes_part_where_and_when(desk):
+    start = when()
+    patient = await desk.a_patient()
+    referral = new_id()
+    appointment = await desk.book(patient, start, based_on=[{"type": "Referral", "id": referral}], comment="by phone")
+    assert appointment.status == Status.BOOKED
+    assert appointment.time_zone == "America/New_York"
+    assert appointment.end_time.ToDatetime(tzinfo=UTC) == start + timedelta(minutes=30)
+    assert [(one.role, one.actor.id) for one in appointment.participants] == [
+        ("practitioner", desk.doctor),
+        ("patient", patient),
+    ]
+    assert appointment.schedule_version == 1 and not appointment.HasField("hold_expire_time")
+    assert [step.action for step in appointment.history] == ["book"]
+    assert appointment.history[0].actor.startswith("staff:") and appointment.history[0].time.seconds
+    ((kind, payload),) = await desk.told(appointment, 1)
+    assert kind == "appointment.booked" and payload.status == "BOOKED" and payload.previous_status == ""
+    assert payload.referral_id == referral and list(payload.practitioner_ids) == [desk.doctor]
+    assert payload.schedule_version == 1 and payload.time_zone == "America/New_York"
+
+
+async def test_a_taken_time_is_refused_and_a_neighbouring_one_is_not(desk):
+    start = when()
+    await desk.book(await desk.a_patient(), start)
+    for minutes in (-29, 0, 29):
+        assert await refused(desk.book(await desk.a_patient(), start + timedelta(minutes=minutes))) == "SLOT_TAKEN"
+    await desk.book(await desk.a_patient(), start + timedelta(minutes=30))
+    await desk.book(await desk.a_patient(), start - timedelta(minutes=30))
+
+
+async def test_buffers_bind_the_practitioner_and_not_the_patient(desk):
+    start = when()
+    long = await desk.a_visit_type("with-buffers", buffer_before_minutes=10, buffer_after_minutes=10)
+    patient = await desk.a_patient()
+    await desk.book(patient, start, visit_type_id=long)
+    again = start + timedelta(minutes=35)
+    assert await refused(desk.book(await desk.a_patient(), again)) == "SLOT_TAKEN"
+    await desk.book(patient, again, desk.other)
+
+
+async def test_a_patient_is_not_in_two_places_at_once(desk):
+    start = when()
+    patient = await desk.a_patient()
+    await desk.book(patient, start)
+    assert await refused(desk.book(patient, start + timedelta(minutes=15), desk.other)) == "PATIENT_BUSY"
+    overlap = {"reason": "an interpreter is needed at both", "patient_overlap": True}
+    assert await refused(desk.book(patient, start, desk.other, overbooking=overlap)) == "OVERBOOKING_NOT_ALLOWED"
+    second = await desk.book(patient, start, desk.other, "sam", overbooking=overlap)
+    assert second.overbooking == 0 and second.history[0].reason_code == "an interpreter is needed at both"
+    assert (await desk.told(second, 1))[0][1].reason_code == "", "words never leave the record"
+
+
+async def test_what_is_asked_for_must_be_bookable(desk):
+    patient, start = await desk.a_patient(), when()
+    heart = {"system": "http://snomed.info/sct", "code": "394579002"}
+    no_hours = await desk.a_practitioner("Cole", hours=())
+    office = await desk.a_practitioner("Diaz", hours=[{"weekday": 1, "start": "09:00", "end": "17:00"}])
+    special = await desk.a_visit_type("cardiology", specialty=heart)
+    heeded = await desk.a_visit_type("with-notice", minimum_notice_minutes=60 * 24 * 30)
+    over = await desk.a_visit_type("no-more", active=False)
+    closed = await desk.a_clinic(status="SUSPENDED")
+    await desk.hours(desk.doctor, clinic=closed)
+    sunday = datetime(2031, 6, 15, 15, tzinfo=UTC)
+    assert await refused(desk.book(patient, start, no_hours)) == "OUTSIDE_HOURS"
+    assert await refused(desk.book(patient, sunday, office)) == "OUTSIDE_HOURS"
+    assert await refused(desk.book(patient, start, visit_type_id=special)) == "OUTSIDE_HOURS"
+    assert await refused(desk.book(patient, start, visit_type_id=heeded)) == "OUTSIDE_HOURS"
+    assert await refused(desk.book(patient, start, visit_type_id=over)) == "OUTSIDE_HOURS"
+    assert await refused(desk.book(patient, start, clinic_id=closed)) == "OUTSIDE_HOURS"
+    assert await refused(desk.book(patient, soon(days=-1))) == "OUTSIDE_HOURS"
+    assert await refused(desk.book(patient, start, visit_type_id=new_id())) == "VISIT_TYPE_UNKNOWN"
+    assert await refused(desk.book(patient, start, clinic_id=new_id())) == "CLINIC_UNKNOWN"
+    assert await refused(desk.book(patient, start, new_id())) == "PRACTITIONER_UNKNOWN"
+    assert await refused(desk("CreateAppointment", pb.CreateAppointmentRequest(patient_id=patient))) == "PLACE_MISSING"
+    hearty = await desk.a_practitioner("Egan", role={"specialties": [heart]})
+    assert (await desk.book(patient, start, hearty, visit_type_id=special)).status == Status.BOOKED
+
+
+async def test_staff_may_book_a_walk_in_for_a_start_a_few_minutes_ago(desk):
+    start = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=10)
+    assert (await desk.book(await desk.a_patient(), start, desk.other)).status == Status.BOOKED
+
+
+async def test_a_visit_takes_one_room_of_each_kind_and_all_are_given_back_together(desk):
+    visit = await desk.a_visit_type("ecg", resource_kinds=["ecg-room", "ecg"])
+    assert await refused(desk.book(await desk.a_patient(), when(), visit_type_id=visit)) == "OUTSIDE_HOURS"
+    rooms = {await desk.a_room("ecg-room"), await desk.a_room("ecg-room")}
+    device = await desk.a_room("ecg")
+    start = when()
+    first = await desk.book(await desk.a_patient(), start, visit_type_id=visit)
+    actors = {one.role: one.actor for one in first.participants}
+    assert actors["room"].id in rooms and actors["device"].id == device and actors["device"].type == "Resource"
+    assert await refused(desk.book(await desk.a_patient(), start, desk.other, visit_type_id=visit)) == "SLOT_TAKEN"
+    await desk.do("Cancel", first, reason={"code": "prov"})
+    second = await desk.book(await desk.a_patient(), start, desk.other, visit_type_id=visit)
+    assert len(await desk.sql("SELECT 1 FROM occupancy WHERE holder_id = :id", id=second.id)) == 4
+
+
+async def test_labels_come_from_clinic_and_visit_type_and_hide_the_visit_from_the_uncleared(desk):
+    visit = await desk.a_visit_type("counselling", security_labels=["ETH"])
+    appointment = await booked(desk, visit_type_id=visit)
+    assert list(appointment.security_labels) == ["ETH"]
+    assert await refused(desk("GetAppointment", pb.GetAppointmentRequest(id=appointment.id))) == "NOT_FOUND"
+
+
+async def test_staff_of_another_clinic_can_neither_book_for_a_patient_nor_learn_whether_he_is_busy(desk):
+    appointment = await booked(desk)
+    absent = await refused(desk.book(new_id(), when(), subject="elias"))
+    hidden = await refused(
+        desk.book(appointment.patient_id, appointment.start_time.ToDatetime(tzinfo=UTC), desk.other, "elias")
+    )
+    assert absent == hidden == "NOT_FOUND"
+
+
+async def test_a_direct_booking_takes_eight_statements(desk):
+    patient = await desk.a_patient()
+    with Counted(desk.database.engine) as counted:
+        await desk.book(patient, when())
+    assert len(counted.statements) <= 8, counted.statements
+
+
+# -- holds -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_hold_is_booked_from_an_offer(desk):
+    start = when()
+    (slot, *_) = (await desk.search(start_time=start)).slots
+    patient = await desk.a_patient()
+    held = await desk.hold(patient, slot)
+    assert held.status == Status.PENDING and {one.status for one in held.participants} == {3}
+    assert abs(held.hold_expire_time.ToDatetime(tzinfo=UTC) - datetime.now(UTC) - timedelta(seconds=300)) < timedelta(
+        seconds=30
+    )
+    assert await refused(desk.hold(await desk.a_patient(), slot)) == "SLOT_TAKEN"
+    referral = {"type": "Referral", "id": new_id()}
+    appointment = await desk.do("Book", held, based_on=[referral], etag=held.etag)
+    assert appointment.status == Status.BOOKED and appointment.id == held.id and appointment.based_on[0].id
+    assert appointment.schedule_version == 1 and {one.status for one in appointment.participants} == {1}
+    assert [kind for kind, _ in await desk.told(held, 2)] == ["appointment.held", "appointment.booked"]
+    assert await refused(desk.do("Book", held)) == "ILLEGAL_TRANSITION"
+
+
+async def test_a_released_hold_frees_the_slot_and_is_no_cancellation(desk):
+    (slot, *_) = (await desk.search(start_time=when())).slots
+    held = await desk.hold(await desk.a_patient(), slot)
+    released = await desk.do("Release", held)
+    assert released.status == Status.CANCELLED and not released.HasField("cancelation_reason")
+    assert [kind for kind, _ in await desk.told(held, 2)] == ["appointment.held", "appointment.released"]
+    await desk.hold(await desk.a_patient(), slot)
+    assert await refused(desk.do("Release", await booked(desk))) == "ILLEGAL_TRANSITION"
+
+
+async def test_an_expired_hold_ends_by_itself_within_seconds(desk):
+    (slot, *_) = (await desk.search(start_time=when())).slots
+    held = await desk.hold(await desk.a_patient(), slot, hold_seconds=1)
+    kinds = [kind for kind, _ in await desk.told(held, 2)]
+    assert kinds == ["appointment.held", "hold.expired"]
+    gone = await desk("GetAppointment", pb.GetAppointmentRequest(id=held.id))
+    assert gone.status == Status.CANCELLED and gone.history[-1].actor == "system:scheduling"
+    assert await refused(desk.do("Book", held)) == "HOLD_EXPIRED"
+    assert not await desk.sql("SELECT 1 FROM occupancy WHERE holder_id = :id", id=held.id)
+
+
+@pytest.fixture
+async def no_expiry(desk):
+    """The expiry loop stands still."""
+    loops = desk.harness.servers["scheduling"].runtime.loops
+    await loops["hold expiry"].stop()
+    yield
+    (loop,) = desk.harness.servers["scheduling"].service.loops
+    loops["hold expiry"] = loop.start(desk.harness.servers["scheduling"].runtime)
+
+
+async def test_who_wants_the_slot_of_an_expired_hold_takes_it_over_and_ends_it(desk, no_expiry):
+    start = when()
+    (slot, *_) = (await desk.search(start_time=start, practitioner_ids=[desk.doctor])).slots
+    held = await desk.hold(await desk.a_patient(), slot, hold_seconds=1)
+    await asyncio.sleep(1.1)
+    assert (await desk.search(start_time=start, practitioner_ids=[desk.doctor])).slots[0].start_time == slot.start_time
+    assert await refused(desk.do("Book", held)) == "HOLD_EXPIRED"
+    second = await desk.book(await desk.a_patient(), start)
+    ended = await desk("GetAppointment", pb.GetAppointmentRequest(id=held.id))
+    assert second.status == Status.BOOKED and ended.status == Status.CANCELLED
+    assert ended.history[-1].action == "expire"
+    assert [kind for kind, _ in await desk.told(held, 2)][-1] == "hold.expired"
+    assert await refused(desk.do("Book", held)) == "HOLD_EXPIRED"
+    assert not await desk.sql("SELECT 1 FROM occupancy WHERE holder_id = :id", id=held.id)
+
+
+async def test_a_move_takes_over_an_expired_hold_too(desk, no_expiry):
+    appointment = await booked(desk)
+    start = when()
+    (slot, *_) = (await desk.search(start_time=start, practitioner_ids=[desk.doctor])).slots
+    held = await desk.hold(await desk.a_patient(), slot, hold_seconds=1)
+    assert await refused(desk.move(appointment, start)) == "SLOT_TAKEN"
+    await asyncio.sleep(1.1)
+    moved = await desk.move(appointment, start)
+    assert moved.start_time == slot.start_time
+    ended = await desk("GetAppointment", pb.GetAppointmentRequest(id=held.id))
+    assert ended.status == Status.CANCELLED
+
+
+async def test_an_offer_ends_and_a_forged_one_is_none(desk, monkeypatch):
+    settings = desk.harness.servers["scheduling"].settings
+    monkeypatch.setattr(settings, "offer_lifetime", 0.0)
+    (slot, *_) = (await desk.search(start_time=when())).slots
+    patient = await desk.a_patient()
+    assert await refused(desk.hold(patient, slot)) == "OFFER_EXPIRED"
+    slot.offer_token = "A" + slot.offer_token[1:]
+    assert await refused(desk.hold(patient, slot)) == "OFFER_INVALID"
+
+
+async def test_an_offer_is_checked_again_against_the_directory(desk):
+    visit = await desk.a_visit_type("ends-soon")
+    (slot, *_) = (await desk.search(visit, start_time=when())).slots
+    await desk.sql("UPDATE visit_type SET active = false WHERE id = :id", id=visit)
+    assert await refused(desk.hold(await desk.a_patient(), slot)) == "OUTSIDE_HOURS"
+
+
+async def test_another_room_is_chosen_where_the_offered_one_is_gone(desk):
+    visit = await desk.a_visit_type("scan", resource_kinds=["scan-room"])
+    rooms = {await desk.a_room("scan-room"), await desk.a_room("scan-room")}
+    start = when()
+    slots = (await desk.search(visit, start_time=start, clinic_ids=[desk.clinic])).slots
+    mine, theirs = [one for one in slots if one.start_time == slots[0].start_time][:2]
+    assert mine.practitioner_id != theirs.practitioner_id and mine.resource_ids == theirs.resource_ids
+    first = await desk.hold(await desk.a_patient(), mine)
+    second = await desk.hold(await desk.a_patient(), theirs)
+    assert {one.actor.id for held in (first, second) for one in held.participants if one.role == "room"} == rooms
+
+
+# -- moving ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_move_keeps_the_id_and_raises_the_schedule_version_only_where_the_plan_changes(desk):
+    appointment = await booked(desk)
+    confirmed = await desk.do("Confirm", appointment)
+    assert confirmed.HasField("confirm_time") and confirmed.schedule_version == 1
+    start = when()
+    moved = await desk.move(confirmed, start, etag=confirmed.etag)
+    assert moved.id == appointment.id and moved.schedule_version == 2 and not moved.HasField("confirm_time")
+    assert moved.status == Status.BOOKED and moved.start_time.ToDatetime(tzinfo=UTC) == start
+    other = await desk.move(moved, practitioner_id=desk.other)
+    assert other.schedule_version == 3 and other.practitioner_id == desk.other
+    same = await desk.move(other)
+    assert same.schedule_version == 3
+    kinds = [kind for kind, _ in await desk.told(appointment, 5)]
+    assert kinds == ["appointment.booked", "appointment.confirmed", *["appointment.rescheduled"] * 3]
+    # The old times are free again.
+    await desk.book(await desk.a_patient(), start)
+    assert await refused(desk.move(same, start, practitioner_id=desk.doctor)) == "SLOT_TAKEN"
+    assert await refused(desk.move(same, start, etag=appointment.etag)) == "ETAG_MISMATCH"
+
+
+async def test_a_visit_may_move_into_a_time_that_overlaps_its_own(desk):
+    appointment = await booked(desk)
+    start = appointment.start_time.ToDatetime(tzinfo=UTC) + timedelta(minutes=15)
+    moved = await desk.move(appointment, start)
+    assert moved.start_time.ToDatetime(tzinfo=UTC) == start
+    assert len(await desk.sql("SELECT 1 FROM occupancy WHERE holder_id = :id", id=moved.id)) == 2
+
+
+async def test_an_offer_of_another_visit_type_moves_nothing(desk):
+    appointment = await booked(desk)
+    (slot, *_) = (await desk.search(await desk.a_visit_type("another"), start_time=when())).slots
+    assert await refused(desk.move(appointment, offer_token=slot.offer_token)) == "OFFER_INVALID"
+    (slot, *_) = (await desk.search(start_time=when())).slots
+    moved = await desk.move(appointment, offer_token=slot.offer_token)
+    assert moved.start_time == slot.start_time
+
+
+# -- the day of the visit ----------------------------------------------------------------------------------------------
+
+
+async def test_a_visit_is_arrived_checked_in_and_fulfilled_in_this_order(desk):
+    appointment = await booked(desk)
+    assert await refused(desk.do("CheckIn", appointment)) == "ILLEGAL_TRANSITION"
+    assert await refused(desk.do("Fulfill", appointment)) == "ILLEGAL_TRANSITION"
+    assert (await desk.do("Arrive", appointment)).status == Status.ARRIVED
+    assert (await desk.do("CheckIn", appointment)).status == Status.CHECKED_IN
+    done = await desk.do("Fulfill", appointment)
+    assert done.status == Status.FULFILLED
+    assert await refused(desk.do("Cancel", appointment, reason={"code": "pat"})) == "ILLEGAL_TRANSITION"
+    assert await refused(desk.do("Revert", appointment)) == "ILLEGAL_TRANSITION"
+    assert [kind for kind, _ in await desk.told(appointment, 4)][1:] == [
+        "appointment.arrived",
+        "appointment.checked_in",
+        "appointment.fulfilled",
+    ]
+
+
+async def test_a_video_visit_is_fulfilled_without_an_arrival(desk):
+    video = await desk.a_visit_type("video", modality="VIDEO")
+    assert (await desk.do("Fulfill", await booked(desk, visit_type_id=video))).status == Status.FULFILLED
+
+
+async def test_a_revert_takes_back_one_step_at_a_time(desk):
+    appointment = await booked(desk)
+    await desk.do("Confirm", appointment)
+    await desk.do("Arrive", appointment)
+    await desk.do("CheckIn", appointment)
+    assert (await desk.do("Revert", appointment)).status == Status.ARRIVED
+    assert (await desk.do("Revert", appointment)).status == Status.BOOKED
+    assert await refused(desk.do("Revert", appointment)) == "ILLEGAL_TRANSITION"
+    told = (await desk.told(appointment, 6))[-2:]
+    assert [(kind, payload.previous_status, payload.status) for kind, payload in told] == [
+        ("appointment.reverted", "CHECKED_IN", "ARRIVED"),
+        ("appointment.reverted", "ARRIVED", "BOOKED"),
+    ]
+
+
+async def test_only_a_step_of_the_same_clinic_day_is_taken_back(desk):
+    appointment = await booked(desk)
+    await desk.do("Arrive", appointment)
+    await desk.sql(
+        "UPDATE appointment SET history = jsonb_set(history, '{1,time}', to_jsonb(CAST(:time AS text))) WHERE id = :id",
+        id=appointment.id,
+        time=(datetime.now(UTC) - timedelta(days=1, minutes=1)).isoformat(),
+    )
+    assert await refused(desk.do("Revert", appointment)) == "NOT_CLINIC_DAY"
+
+
+async def test_nobody_is_a_no_show_before_start_and_grace_are_over(desk):
+    appointment = await booked(desk)
+    assert await refused(desk.do("MarkNoShow", appointment)) == "TOO_EARLY"
+    start = appointment.start_time.ToDatetime(tzinfo=UTC)
+    await desk.shift(appointment, datetime.now(UTC) - timedelta(seconds=30) - start)
+    assert await refused(desk.do("MarkNoShow", appointment)) == "TOO_EARLY"
+    await desk.shift(appointment, -timedelta(minutes=1))
+    missed = await desk.do("MarkNoShow", appointment)
+    assert missed.status == Status.NOSHOW
+    assert (await desk.do("Arrive", appointment)).status == Status.ARRIVED
+    assert (await desk.do("Revert", appointment)).status == Status.NOSHOW
+    assert (await desk.do("Revert", appointment)).status == Status.BOOKED
+
+
+async def test_who_missed_another_days_visit_does_not_arrive_for_it(desk):
+    appointment = await booked(desk)
+    start = appointment.start_time.ToDatetime(tzinfo=UTC)
+    await desk.shift(appointment, datetime.now(UTC) - timedelta(days=2) - start)
+    await desk.do("MarkNoShow", appointment)
+    assert await refused(desk.do("Arrive", appointment)) == "NOT_CLINIC_DAY"
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_cancellation_needs_a_reason_of_fhir_and_frees_the_time(desk):
+    appointment = await booked(desk)
+    assert await refused(desk.do("Cancel", appointment, reason={"code": "whim"})) == "REASON_UNKNOWN"
+    gone = await desk.do("Cancel", appointment, reason={"code": "pat-lt"})
+    assert gone.status == Status.CANCELLED and gone.cancelation_reason.code == "pat-lt" and not gone.late_cancel
+    assert gone.cancelation_reason.system.endswith("appointment-cancellation-reason")
+    kind, payload = (await desk.told(appointment, 2))[-1]
+    assert (kind, payload.reason_code, payload.previous_status) == ("appointment.cancelled", "pat-lt", "BOOKED")
+    await desk.book(await desk.a_patient(), appointment.start_time.ToDatetime(tzinfo=UTC))
+    assert await refused(desk.do("Cancel", appointment, reason={"code": "pat"})) == "ILLEGAL_TRANSITION"
+
+
+async def test_a_cancellation_within_the_visit_types_hours_is_late(desk):
+    visit = await desk.a_visit_type("dear", late_cancel_hours=720)
+    appointment = await booked(desk, visit_type_id=visit)
+    assert (await desk.do("Cancel", appointment, reason={"code": "pat"})).late_cancel
+    assert (await desk.told(appointment, 2))[-1][1].late_cancel
+
+
+async def test_what_was_entered_in_error_stays_readable_and_frees_the_time(desk):
+    appointment = await booked(desk)
+    void = await desk.do("EnterInError", appointment)
+    assert void.status == Status.ENTERED_IN_ERROR
+    assert (await desk("GetAppointment", pb.GetAppointmentRequest(id=appointment.id))).status == void.status
+    await desk.book(await desk.a_patient(), appointment.start_time.ToDatetime(tzinfo=UTC))
+    assert await refused(desk.do("EnterInError", appointment)) == "ILLEGAL_TRANSITION"
+
+
+async def test_a_replay_gets_the_first_answer_and_takes_nothing_more(desk):
+    patient, start = await desk.a_patient(), when()
+    answers = await asyncio.gather(*(desk.book(patient, start, request_id="twins") for _ in range(32)))
+    assert {answer.id for answer in answers} == {answers[0].id}
+    assert len(await desk.sql("SELECT 1 FROM appointment WHERE patient_id = :id", id=patient)) == 1
+
+
+# -- overbooking -------------------------------------------------------------------------------------------------------
+
+
+async def test_overbooking_is_a_permitted_choice_with_a_cap_and_a_reason(desk):
+    visit = await desk.a_visit_type("crowded", overbooking_cap=2)
+    start, over = when(), {"reason": "walked in with fever"}
+
+    async def book(subject="sam", **more):
+        return await desk.book(await desk.a_patient(), start, subject=subject, visit_type_id=visit, **more)
+
+    first = await book(overbooking=over)
+    assert first.overbooking == 0 and first.history[0].reason_code == "", "the time was free"
+    assert await refused(book()) == "SLOT_TAKEN"
+    assert await refused(book("cora", overbooking=over)) == "OVERBOOKING_NOT_ALLOWED"
+    second, third = await book(overbooking=over), await book(overbooking=over)
+    assert (second.overbooking, third.overbooking) == (1, 2)
+    assert second.history[0].reason_code == "walked in with fever"
+    ((_, payload),) = await desk.told(second, 1)
+    assert payload.overbooking == 1 and payload.reason_code == ""
+    assert await refused(book(overbooking=over)) == "OVERBOOKING_CAP_REACHED"
+    uncapped = desk.book(await desk.a_patient(), start, subject="sam", overbooking=over)
+    assert await refused(uncapped) == "OVERBOOKING_NOT_ALLOWED"
+    # The original goes; two visits still stand there, so nobody else finds it free.
+    await desk.do("Cancel", first, reason={"code": "pat"})
+    assert await refused(book("cora")) == "SLOT_TAKEN"
+    found = await desk.search(visit, start_time=start, practitioner_ids=[desk.doctor])
+    assert found.slots[0].start_time.ToDatetime(tzinfo=UTC) >= start + timedelta(minutes=30)
+
+
+async def test_of_many_who_overbook_at_once_as_many_as_the_cap_get_in(desk):
+    visit = await desk.a_visit_type("rush", overbooking_cap=3)
+    start = when()
+    patients = [await desk.a_patient() for _ in range(12)]
+
+    async def book(patient):
+        try:
+            answer = await desk.book(
+                patient, start, subject="sam", visit_type_id=visit, overbooking={"reason": "epidemic"}
+            )
+        except Exception as problem:
+            return problem.reason
+        return answer.overbooking
+
+    outcomes = await asyncio.gather(*(book(patient) for patient in patients))
+    lanes = sorted(one for one in outcomes if isinstance(one, int))
+    assert lanes == [0, 1, 2, 3][: len(lanes)] and len(lanes) >= 2
+    assert {one for one in outcomes if isinstance(one, str)} <= {"OVERBOOKING_CAP_REACHED", "SLOT_TAKEN"}
+
+
+# -- the dead ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_death_cancels_what_lies_ahead_and_nothing_more_is_booked(desk):
+    patient = await desk.a_patient()
+    ahead = await desk.book(patient, when())
+    (slot, *_) = (await desk.search(start_time=when())).slots
+    held = await desk.hold(patient, slot)
+    past = await desk.book(patient, when())
+    await desk.shift(past, -timedelta(days=90))
+    await desk.hear("patient.deceased", patient)
+    kind, payload = (await desk.told(ahead, 2))[-1]
+    assert (kind, payload.reason_code) == ("appointment.cancelled", "pat-dec")
+    assert (await desk.told(held, 2))[-1][0] == "appointment.cancelled"
+    kept = await desk("GetAppointment", pb.GetAppointmentRequest(id=past.id))
+    assert kept.status == Status.BOOKED
+    assert await refused(desk.book(patient, when())) == "PATIENT_DECEASED"
+    assert await refused(desk.move(past, when())) == "PATIENT_DECEASED"
+
+
+async def test_no_booking_slips_past_a_death_that_is_being_recorded(desk):
+    patients = [await desk.a_patient() for _ in range(8)]
+
+    async def keep_booking(patient):
+        reason = ""
+        while not reason:
+            try:
+                await desk.book(patient, when())
+            except Exception as problem:
+                reason = problem.reason
+        return reason
+
+    booking = [asyncio.create_task(keep_booking(patient)) for patient in patients]
+    await asyncio.sleep(0.3)
+    for patient in patients:
+        await desk.hear("patient.deceased", patient)
+    assert set(await asyncio.gather(*booking)) == {"PATIENT_DECEASED"}
+    standing = await desk.sql(
+        "SELECT 1 FROM appointment WHERE patient_id = ANY(CAST(:ids AS uuid[])) AND status = 'BOOKED'", ids=patients
+    )
+    assert not standing
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+async def test_appointments_are_listed_by_start_with_filters_and_pages(desk):
+    patient = await desk.a_patient()
+    times = [when() for _ in range(5)]
+    for start in times:
+        await desk.book(patient, start, desk.other)
+    request = pb.ListAppointmentsRequest(patient_ids=[patient], page_size=2)
+    seen, pages = [], 0
+    while True:
+        page = await desk("ListAppointments", request)
+        seen += page.appointments
+        pages += 1
+        if not page.next_page_token:
+            break
+        request.page_token = page.next_page_token
+    assert [one.start_time.ToDatetime(tzinfo=UTC) for one in seen] == times and pages == 3
+    latest = pb.ListAppointmentsRequest(patient_ids=[patient], descending=True, page_size=1)
+    assert (await desk("ListAppointments", latest)).appointments[0].id == seen[-1].id
+    await desk.do("Cancel", seen[0], reason={"code": "pat"})
+    request = pb.ListAppointmentsRequest(
+        patient_ids=[patient], statuses=[Status.BOOKED], practitioner_ids=[desk.other], start_time_before=times[3]
+    )
+    assert [one.id for one in (await desk("ListAppointments", request)).appointments] == [seen[1].id, seen[2].id]
+    request.start_time_from.FromDatetime(times[2])
+    assert [one.id for one in (await desk("ListAppointments", request)).appointments] == [seen[2].id]
+    hidden = await desk("ListAppointments", pb.ListAppointmentsRequest(clinic_ids=[desk.clinic]), "elias")
+    assert not hidden.appointments
+
+
+async def test_a_day_is_the_clinics_own(desk):
+    patient = await desk.a_patient()
+    summer = date(2031, 7, 8)
+    late = datetime(2031, 7, 9, 3, 0, tzinfo=UTC)  # 23:00 of the 8th in New York
+    early = datetime(2031, 7, 9, 4, 30, tzinfo=UTC)  # 00:30 of the 9th
+    for start in (late, early):
+        await desk.book(patient, start)
+
+    async def day(one):
+        request = pb.ListAppointmentsRequest(patient_ids=[patient], clinic_ids=[desk.clinic], date=one.isoformat())
+        return [one.start_time.ToDatetime(tzinfo=UTC) for one in (await desk("ListAppointments", request)).appointments]
+
+    assert await day(summer) == [late]
+    assert await day(summer + timedelta(days=1)) == [early]
+    both = pb.ListAppointmentsRequest(clinic_ids=[desk.clinic, new_id()], date=summer.isoformat())
+    assert await refused(desk("ListAppointments", both)) == "CLINIC_MISSING"
+
+
+async def test_services_read_all_of_their_tenant_and_no_other(desk):
+    appointment = await booked(desk)
+    request = pb.BatchGetAppointmentsRequest(ids=[appointment.id, new_id()])
+    stub = AppointmentsServiceStub(desk.harness.channel("scheduling"))
+    ours = await stub.BatchGetAppointments(request, metadata=desk.harness.as_service("notifications"))
+    assert [one.id for one in ours.appointments] == [appointment.id]
+    theirs = await stub.BatchGetAppointments(request, metadata=desk.harness.as_service("notifications", new_id()))
+    assert not theirs.appointments
+    assert not (await desk("BatchGetAppointments", request, "elias")).appointments
+
+
+def test_shipped_limits():
+    shipped = SchedulingSettings(signing_secret="x")
+    assert (shipped.hold_default, shipped.offer_lifetime, shipped.no_show_grace, shipped.walk_in) == (300, 900, 900, 900)
