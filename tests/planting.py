@@ -70,7 +70,7 @@ def _value(column: Any, message: Descriptor | None) -> Any:
     if isinstance(kind, Uuid):
         return new_id()
     if isinstance(kind, DateTime):
-        return datetime.now(UTC) + timedelta(days=7)
+        return datetime.now(UTC).replace(microsecond=0) + timedelta(days=8)
     if isinstance(kind, Boolean):
         return False
     if isinstance(kind, Integer | BigInteger):

@@ -18,7 +18,7 @@ from system import topology
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVICES: MappingProxyType[str, Service] = MappingProxyType(
-    {name: topology.service(name) for name in topology.SERVICES if (ROOT / "services" / name / "service.py").exists()}
+    {name: topology.service(name) for name in topology.SERVICES}
 )
 RPCS: MappingProxyType[str, Rpc] = MappingProxyType({rpc.name: rpc for rpc in rpcs()})
 # Packages of the chassis: RPCs that are served by another service than the package's name, or by all.

@@ -55,14 +55,14 @@ class Practice:
         """The coordinator's."""
         return self.system.token("coordinator")
 
-    def slots(self, first_day: int = 7) -> Iterator[Slot]:
-        """Slots from so many days ahead, over and over later: all practitioners at each time, each with another patient."""
+    def slots(self, first_day: int = 7, *, of: str = "") -> Iterator[Slot]:
+        """Slots from so many days ahead on: all practitioners at each time, each with another patient, or those `of` one."""
         start = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=first_day)
         number = 0
         while True:
             for place, patient in enumerate(self.patients):
-                practitioner = self.practitioners[(place + number) % len(self.practitioners)]
-                yield Slot(start, practitioner, patient)
+                if of in ("", patient):
+                    yield Slot(start, self.practitioners[(place + number) % len(self.practitioners)], patient)
             start += timedelta(minutes=MINUTES)
             number += 1
 
@@ -109,7 +109,7 @@ async def _directory(practice: Practice, admin: GatewayClient, size: int) -> Non
                 "identifier": "practice",
                 "name": "Night and Day Clinic",
                 "time_zone": ZONE,
-                "hours": ["Mo-Su 00:00-12:00", "Mo-Su 12:00-24:00"],
+                "hours": ["Mo-Su 00:00-12:00", "Mo-Su 12:00-00:00"],
                 "specialties": ["394579002|Cardiology"],
             }
         ],

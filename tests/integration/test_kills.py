@@ -122,11 +122,8 @@ class Clients:
         self._chance = chance
         self._given = 0
         self._slots = practice.slots()
-        spare: dict[str, Iterator[Slot]] = {}
-        for patient in practice.patients:
-            # In another year, so that a visit that moves never meets one that is booked.
-            spare[patient] = (slot for slot in practice.slots(500) if slot.patient_id == patient)
-        self._spare = spare
+        # In another year, so that a visit that moves never meets one that is booked.
+        self._spare = {patient: practice.slots(500, of=patient) for patient in practice.patients}
         self._referrals = dict(practice.referrals)
         self.referral_of: dict[str, str] = {}
 

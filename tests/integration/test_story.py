@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo
 import httpx2
 import pytest
 
+from chassis.ids import new_id
 from system.importing.tests import people
 from tests.integration.world import Refused, User, World, until
 
@@ -26,7 +27,7 @@ CLINICS = {
             "name": "Harbor Street Clinic",
             "time_zone": "America/New_York",
             "holiday_region": "US-MA",
-            "hours": ["Mo-Su 00:00-12:00", "Mo-Su 12:00-24:00"],
+            "hours": ["Mo-Su 00:00-12:00", "Mo-Su 12:00-00:00"],
             "specialties": ["394579002|Cardiology"],
             "rooms": ["exam-room:Room 1", "exam-room:Room 2"],
             "state": "MA",
@@ -38,7 +39,7 @@ CLINICS = {
             "name": "Front Range Clinic",
             "time_zone": "America/Denver",
             "holiday_region": "US-CO",
-            "hours": ["Mo-Su 00:00-12:00", "Mo-Su 12:00-24:00"],
+            "hours": ["Mo-Su 00:00-12:00", "Mo-Su 12:00-00:00"],
             "specialties": ["394579002|Cardiology"],
             "rooms": ["exam-room:Room A"],
             "state": "CO",
@@ -151,12 +152,13 @@ async def imported(world: World, folder: Path) -> dict[str, Any]:
 async def staffed(world: World, kept: dict[str, Any]) -> tuple[User, dict[str, Any]]:
     """A coordinator of both clinics, and a pool for cardiology."""
     admin = world.user("admin")
+    subject = f"story-coordinator-{new_id()}"
     clinics = [kept["east"]["id"], kept["west"]["id"]]
     staff = await admin.post(
         "/v1/staff",
         {
             "issuer": "https://issuer.care.localhost",
-            "subject": "story-coordinator",
+            "subject": subject,
             "name": {"familyName": "Ashgrove", "givenNames": ["Mina"]},
             "roles": ["coordinator", "manager", "clinician"],
             "clinicIds": clinics,
@@ -165,13 +167,13 @@ async def staffed(world: World, kept: dict[str, Any]) -> tuple[User, dict[str, A
     pool = await admin.post(
         "/v1/pools",
         {
-            "name": "Cardiology referrals",
+            "name": f"Cardiology referrals {new_id()}",
             "purpose": "referrals",
             "staffIds": [staff["id"]],
             "specialtyCodes": [CARDIOLOGY["code"]],
         },
     )
-    coordinator = world.user(subject="story-coordinator")
+    coordinator = world.user(subject=subject)
     visit_types = (await coordinator.get("/v1/visitTypes", pageSize=200))["visitTypes"]
     ids = {
         "east": clinics[0],

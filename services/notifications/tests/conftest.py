@@ -162,7 +162,13 @@ class World:
     """One notifications service with its neighbours and providers; events come over the bus."""
 
     def __init__(self, database):
-        self.harness = Harness(database)
+        self.urls = {}
+
+        async def noted(name):
+            self.urls[name] = await database(name)
+            return self.urls[name]
+
+        self.harness = Harness(noted)
         self.neighbours, self.sms, self.mail = Neighbours(), SmsProvider(), MailServer()
         self.numbers = iter(range(100, 1000000))
 

@@ -210,20 +210,26 @@ SELECT one.id, other.id, one.role FROM taken one JOIN taken other
 
 
 class Counted:
-    """Counts what goes to the database while it is open, BEGIN and COMMIT too."""
+    """Counts what one write sends to the database while this is open, BEGIN and COMMIT too."""
 
     def __init__(self, engine):
         self._engine = engine.sync_engine
-        self.statements = []
+        self._sent = {}
 
-    def _execute(self, _connection, _cursor, statement, *_rest):
-        self.statements.append(statement)
+    @property
+    def statements(self):
+        """Those of the write: loops at work beside it have connections of their own."""
+        (sent,) = [one for one in self._sent.values() if any("INTO idempotency_key" in each for each in one)]
+        return sent
 
-    def _begin(self, _connection):
-        self.statements.append("BEGIN")
+    def _execute(self, connection, _cursor, statement, *_rest):
+        self._sent.setdefault(connection, []).append(statement)
 
-    def _commit(self, _connection):
-        self.statements.append("COMMIT")
+    def _begin(self, connection):
+        self._sent.setdefault(connection, []).append("BEGIN")
+
+    def _commit(self, connection):
+        self._sent.setdefault(connection, []).append("COMMIT")
 
     def __enter__(self):
         for name, hear in self._listeners():

@@ -1,0 +1,241 @@
+"""Booked twice is impossible: 64 clients fight for 20 practitioners' 20 slots over real gRPC, and nobody can."""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from datetime import UTC, timedelta
+
+import grpc
+import pytest
+from care.scheduling.v1 import appointments_pb2 as pb
+from care.scheduling.v1.appointments_pb2_grpc import AppointmentsServiceStub
+
+from chassis.errors import problem_from_rpc
+from services.scheduling.tests.desk import soon
+
+CLIENTS, ATTEMPTS = 64, 10_000
+PRACTITIONERS, SLOTS, ROOMS, PATIENTS = 20, 20, 14, 160
+LOST = {("ALREADY_EXISTS", "SLOT_TAKEN"), ("ALREADY_EXISTS", "PATIENT_BUSY")}
+TOO_LATE = {("FAILED_PRECONDITION", "HOLD_EXPIRED"), ("FAILED_PRECONDITION", "ILLEGAL_TRANSITION")}
+
+# Rows of occupancy that are missing or left over, by the appointments' own words.
+CROOKED = """
+SELECT a.id, a.status FROM appointment a
+  LEFT JOIN LATERAL (SELECT count(*) AS rows FROM occupancy o
+                      WHERE o.tenant_id = a.tenant_id AND o.holder_id = a.id) o ON true
+ WHERE o.rows <> CASE WHEN a.status = 'CANCELLED' THEN 0 ELSE jsonb_array_length(a.participants) END
+"""
+DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+
+
+class Fight:
+    """The clients, what they have, and what came of what they tried."""
+
+    def __init__(self, desk, offers, patients, seed):
+        self.desk, self.offers, self.patients = desk, offers, patients
+        self.random = random.Random(seed)
+        self.stub = AppointmentsServiceStub(desk.harness.channel("scheduling"))
+        self.metadata = desk.harness.as_user("cora")
+        self.attempts = 0
+        self.won, self.lost, self.late = Counter(), Counter(), Counter()
+        self.slowest = Counter()
+        self.booked = {}
+
+    async def call(self, method, request):
+        """(answer, None) or (None, (code, reason))."""
+        started = time.perf_counter()
+        try:
+            return await getattr(self.stub, method)(request, metadata=self.metadata, timeout=30), None
+        except grpc.RpcError as error:
+            problem = problem_from_rpc(error)
+            return None, (problem.code.name, problem.reason)
+        finally:
+            self.slowest[method] = max(self.slowest[method], time.perf_counter() - started)
+
+    async def take(self, what, method, request):
+        """One attempt to take something; losers must all hear the same."""
+        self.attempts += 1
+        answer, refusal = await self.call(method, request)
+        if refusal is None:
+            self.won[what] += 1
+        elif refusal in TOO_LATE and what == "move":
+            self.late[refusal[1]] += 1
+        else:
+            assert refusal in LOST, (what, refusal)
+            self.lost[refusal[1]] += 1
+        return answer
+
+    async def client(self):
+        while self.attempts < ATTEMPTS:
+            step = self.random.random()
+            offer = self.random.choice(self.offers)
+            patient = self.random.choice(self.patients)
+            if step < 0.30:
+                request = pb.HoldAppointmentRequest(
+                    patient_id=patient, offer_token=offer.offer_token, hold_seconds=self.random.choice((1, 1, 2, 3))
+                )
+                held = await self.take("hold", "HoldAppointment", request)
+                if held is not None:
+                    await asyncio.sleep(self.random.choice((0, 0.3, 1.0, 1.3)))
+                    await self.book(held)
+            elif step < 0.62:
+                request = pb.CreateAppointmentRequest(patient_id=patient, offer_token=offer.offer_token)
+                self.keep(await self.take("book", "CreateAppointment", request))
+            elif step < 0.80 and self.booked:
+                visit = self.any_visit()
+                self.keep(await self.move(visit, offer))
+            elif step < 0.90 and len(self.booked) > 1:
+                await self.swap(self.any_visit(), self.any_visit())
+            elif self.booked:
+                visit = self.booked.pop(self.any_visit().id)
+                request = pb.CancelAppointmentRequest(id=visit.id, reason={"code": "pat"})
+                _, refusal = await self.call("CancelAppointment", request)
+                assert refusal is None or refusal in TOO_LATE, refusal
+
+    async def book(self, held):
+        answer, refusal = await self.call("BookAppointment", pb.BookAppointmentRequest(id=held.id))
+        assert refusal is None or refusal in TOO_LATE, refusal
+        if refusal is not None:
+            self.late[refusal[1]] += 1
+        self.keep(answer)
+
+    async def move(self, visit, to):
+        request = pb.RescheduleAppointmentRequest(
+            id=visit.id, clinic_id=to.clinic_id, practitioner_id=to.practitioner_id, start_time=to.start_time
+        )
+        return await self.take("move", "RescheduleAppointment", request)
+
+    async def swap(self, one, other):
+        for moved in await asyncio.gather(self.move(one, other), self.move(other, one)):
+            self.keep(moved)
+
+    def any_visit(self):
+        return self.booked[self.random.choice(list(self.booked))]
+
+    def keep(self, visit):
+        if visit is not None:
+            self.booked[visit.id] = visit
+
+
+@pytest.mark.slow
+async def test_64_clients_can_not_book_anything_twice(desk):
+    visit = await desk.a_visit_type("fought-for", buffer_after_minutes=5, resource_kinds=["exam-room"])
+    doctors = [await desk.a_practitioner(f"Doctor {number}") for number in range(PRACTITIONERS)]
+    for _ in range(ROOMS):
+        await desk.a_room("exam-room")
+    patients = [await desk.a_patient() for _ in range(PATIENTS)]
+    start = soon(days=3, hour=6)
+    offers, token = [], ""
+    while not offers or token:
+        window = {"start_time": start, "end_time": start + timedelta(minutes=15 * SLOTS), "page_token": token}
+        page = await desk.search(visit, practitioner_ids=doctors, page_size=200, **window)
+        offers += page.slots
+        token = page.next_page_token
+    assert len(offers) == PRACTITIONERS * SLOTS
+    ((deadlocks,),) = await desk.sql(DEADLOCKS)
+    seed = random.randrange(1 << 32)
+    fight = Fight(desk, offers, patients, seed)
+    print(f"seed {seed}")
+
+    async def watch():
+        """No two at once at any time, not only in the end."""
+        while fight.attempts < ATTEMPTS:
+            await asyncio.sleep(3)
+            assert not await desk.overlaps()
+
+    started = time.monotonic()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(watch())
+        for _ in range(CLIENTS):
+            group.create_task(fight.client())
+    seconds = time.monotonic() - started
+    await asyncio.sleep(1.5)  # what PostgreSQL counts comes to light within a second
+    print(
+        f"{fight.attempts} attempts in {seconds:.0f} s ({fight.attempts / seconds:.0f}/s), won {dict(fight.won)},"
+        f" lost {dict(fight.lost)}, too late {dict(fight.late)},"
+        f" slowest {({name: round(took, 2) for name, took in fight.slowest.items()})}"
+    )
+    assert fight.attempts >= ATTEMPTS
+    assert not await desk.overlaps()
+    assert not await desk.sql(CROOKED)
+    assert fight.lost["SLOT_TAKEN"] > 1000 and min(fight.won[what] for what in ("hold", "book", "move")) > 50
+    assert fight.late["HOLD_EXPIRED"], "some holds were too old to be booked"
+    ((after,),) = await desk.sql(DEADLOCKS)
+    assert after == deadlocks
+    assert desk.database.deadlocks._value.get() == 0
+    assert '"INTERNAL"' not in desk.harness.log_of("scheduling")
+
+
+async def test_two_visits_that_swap_places_do_not_deadlock(desk):
+    start = soon(days=9)
+    for turn in range(15):
+        base = start + timedelta(hours=2 * turn)
+        one = await desk.book(await desk.a_patient(), base)
+        other = await desk.book(await desk.a_patient(), base, desk.other)
+        third = await desk.book(await desk.a_patient(), base + timedelta(minutes=30))
+        outcomes = await asyncio.gather(
+            desk.move(one, base, practitioner_id=desk.other),
+            desk.move(other, base, practitioner_id=desk.doctor),
+            desk.move(third, base),
+            desk.move(one, base + timedelta(minutes=30)),
+            return_exceptions=True,
+        )
+        reasons = {getattr(outcome, "reason", "moved") for outcome in outcomes}
+        assert reasons <= {"moved", "SLOT_TAKEN"}, reasons
+    assert not await desk.overlaps()
+    ((deadlocks,),) = await desk.sql(DEADLOCKS)
+    assert deadlocks == 0
+
+
+async def test_of_16_rivals_for_one_slot_one_wins_and_the_others_hear_so(desk):
+    start = soon(days=13)
+    times = []
+    for turn in range(10):
+        base = start + timedelta(hours=turn)
+        patients = [await desk.a_patient() for _ in range(16)]
+
+        async def book(patient, base=base):
+            began = time.perf_counter()
+            try:
+                await desk.book(patient, base)
+            except Exception as problem:
+                times.append(time.perf_counter() - began)
+                return problem.reason
+            return "booked"
+
+        outcomes = Counter(await asyncio.gather(*(book(patient) for patient in patients)))
+        assert outcomes == {"booked": 1, "SLOT_TAKEN": 15}
+    times.sort()
+    print(f"losers: median {times[len(times) // 2] * 1000:.0f} ms, p99 {times[int(len(times) * 0.99)] * 1000:.0f} ms")
+
+
+async def test_a_hold_that_expires_under_many_eyes_goes_to_one_of_them(desk):
+    start = soon(days=16)
+    (slot, *_) = (await desk.search(start_time=start, practitioner_ids=[desk.doctor])).slots
+    held = await desk.hold(await desk.a_patient(), slot, hold_seconds=1)
+    patients = [await desk.a_patient() for _ in range(16)]
+    ends = held.hold_expire_time.ToDatetime(tzinfo=UTC)
+
+    async def book(patient):
+        while True:
+            try:
+                return await desk.book(patient, start)
+            except Exception as problem:
+                assert problem.reason == "SLOT_TAKEN"
+                if winners:
+                    return None
+            await asyncio.sleep(0.02)
+
+    winners = []
+
+    async def one(patient):
+        answer = await book(patient)
+        if answer is not None:
+            winners.append(answer)
+
+    await asyncio.gather(*(one(patient) for patient in patients))
+    (winner,) = winners
+    assert winner.create_time.ToDatetime(tzinfo=UTC) >= ends
+    ended = await desk("GetAppointment", pb.GetAppointmentRequest(id=held.id))
+    assert pb.Appointment.Status.Name(ended.status) == "CANCELLED" and ended.history[-1].action == "expire"
