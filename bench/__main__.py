@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ def _arguments() -> argparse.Namespace:
         "--data", type=Path, default=Path(".cache/bench"), help="folder of the data set; kept for the next time"
     )
     parser.add_argument("--write", action="store_true", help="put the figures into docs/performance.md")
-    parser.add_argument("--hold", action="store_true", help="measure nothing; keep the system up until Enter")
+    parser.add_argument("--hold", action="store_true", help="measure nothing; keep the system up until Ctrl-C")
     found = parser.parse_args()
     found.only = found.only.split(",")
     if unknown := set(found.only) - set(WORKLOADS):
@@ -44,7 +45,10 @@ async def _measure(arguments: argparse.Namespace) -> list[Figure]:
         if arguments.hold:
             print({name: world.system.pid(name) for name in [*world.system.plan.instances, "postgres", "kafka"]})
             print(f"{world.system.url}\n{world.tokens(1)[0]}", flush=True)
-            await asyncio.to_thread(sys.stdin.readline)
+            stopped = asyncio.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+            await stopped.wait()
             return []
         await workloads.check_summary(world)
         scripts = Scripts()

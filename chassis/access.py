@@ -7,6 +7,7 @@ import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 from care.access.v1 import access_pb2
@@ -99,17 +100,29 @@ _VISIBLE = """
 """
 
 
-def visible(table: str | None, params: dict[str, Any]) -> TextClause:
-    """The condition on `record_subject` (joined) under which a caller sees a row of `table` with its labels."""
+def visible(table: str | None, params: dict[str, Any] | None = None) -> TextClause:
+    """The condition on `record_subject` (joined) under which a caller sees a row of `table` with its labels.
+
+    Without `params` they are still to be given, by the names of `Access.conditions`.
+    """
+    clause = _visible(table)
+    if params is None:
+        return clause
+    # A clause with values: making it anew would parse the text each time.
+    return clause.bindparams(**params)
+
+
+@cache
+def _visible(table: str | None) -> TextClause:
     labels = f"AND {table}.security_labels <@ :clearances" if table else ""
     return text(_VISIBLE.format(labels=labels)).bindparams(
-        bindparam("plain", params["plain"], type_=Boolean),
-        bindparam("timed", params["timed"], type_=Boolean),
-        bindparam("all_labels", params["all_labels"], type_=Boolean),
-        bindparam("confirmed", params["confirmed"], type_=ARRAY(Uuid(as_uuid=False))),
-        bindparam("mine", params["mine"], type_=ARRAY(Uuid(as_uuid=False))),
-        bindparam("clearances", params["clearances"], type_=ARRAY(Text)),
-        bindparam("permission", params["permission"], type_=Text),
+        bindparam("plain", type_=Boolean),
+        bindparam("timed", type_=Boolean),
+        bindparam("all_labels", type_=Boolean),
+        bindparam("confirmed", type_=ARRAY(Uuid(as_uuid=False))),
+        bindparam("mine", type_=ARRAY(Uuid(as_uuid=False))),
+        bindparam("clearances", type_=ARRAY(Text)),
+        bindparam("permission", type_=Text),
     )
 
 

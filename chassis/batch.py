@@ -16,7 +16,9 @@ class BatchServicer:
     async def BatchRead(self, request: batch_pb2.BatchReadRequest, call: Call) -> batch_pb2.BatchReadResponse:
         results = await asyncio.gather(
             *(
-                self.pipeline.batched(item.method, item.request, Credentials(token=item.token), item.traceparent)
+                self.pipeline.batched(
+                    item.method, item.request, Credentials(token=item.token), item.traceparent, call.notes
+                )
                 for item in request.items
             )
         )

@@ -1,18 +1,20 @@
 """What a servicer sees of a call: who calls, for which tenant, and the only way to a row."""
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message
-from sqlalchemy import ColumnElement, Select, and_, literal, select, tuple_
+from sqlalchemy import ARRAY, ColumnElement, Select, Uuid, and_, any_, bindparam, literal, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
 from chassis.access import Caller, NeedSubject, visible
 from chassis.errors import Aborted, FailedPrecondition, Invalid, NotFound, PermissionDenied
 from chassis.model import Act, Aggregate, by_id
+from chassis.reading import Reading, Unfit
 from chassis.wire import etag_of
 
 if TYPE_CHECKING:
@@ -49,7 +51,10 @@ class Call:
         self.purpose = ""
         self.on_behalf_of = ""
         self.source = ""
+        # Of a batch: the audit rows of the reads that it joins.
+        self.notes: list[dict[str, Any]] = []
         self._db: AsyncSession | None = None
+        self._reading: Reading | None = None
         self._now: datetime | None = None
 
     # -- who -----------------------------------------------------------------------------------------------------------
@@ -73,7 +78,9 @@ class Call:
     @property
     def db(self) -> AsyncSession:
         """The session: one transaction for a write, single statements for a read."""
-        assert self._db is not None, "the call has no session"
+        if self._db is None:
+            assert self._reading is not None, "the call has no session"
+            self._db = self._reading.session
         return self._db
 
     @property
@@ -88,6 +95,10 @@ class Call:
         if now is not None:
             db.info["act"] = Act(self.actor, now, self.on_behalf_of, self.source)
 
+    def begin_reading(self, reading: Reading) -> None:
+        """Bind what a read works with."""
+        self._reading = reading
+
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     def saw(self, *subject_ids: str | None) -> None:
@@ -96,21 +107,51 @@ class Call:
 
     def select(self, model: type[A]) -> Select[tuple[A]]:
         """Rows of a model that the caller may see; narrow it with `.where`. Not for rows out of a link."""
-        query = select(model).where(model.tenant_id == self.tenant_id)
+        statements = self.runtime.database.statements
         if model.subject_field is None or self.caller.kind == "system":
-            return query
+            return statements.begin(model, select(model).where(model.tenant_id == self.tenant_id))
         self._refuse_link()
-        subject = self.runtime.access.tables.subject
         conditions = self._conditions()
         if not conditions["plain"] and not self.confirmed:
             named = self._named_subjects()
             if not named:
                 self.runtime.refuse_stale()
             raise NeedSubject(named, stale=True)
-        return query.join(
-            subject,
-            and_(subject.c.tenant_id == model.tenant_id, subject.c.patient_id == getattr(model, model.subject_field)),
-        ).where(visible(model.__tablename__, conditions))  # type: ignore[attr-defined]
+        return statements.begin(
+            model,
+            self._joined(model).where(
+                model.tenant_id == self.tenant_id,
+                visible(model.__tablename__, conditions),  # type: ignore[attr-defined]
+            ),
+        )
+
+    def _joined(self, model: type[A]) -> Select[tuple[A]]:
+        subject = self.runtime.access.tables.subject
+        return self.runtime.database.statements.once(
+            model,
+            lambda: select(model).join(
+                subject,
+                and_(
+                    subject.c.tenant_id == model.tenant_id,
+                    subject.c.patient_id == getattr(model, model.subject_field or ""),
+                ),
+            ),
+        )
+
+    def _base(self, model: type[A]) -> Select[tuple[A]]:
+        """What `select` answers, with names instead of values."""
+        tenant = model.tenant_id == bindparam("tenant", type_=Uuid(as_uuid=False))
+        if model.subject_field is None or self.caller.kind == "system":
+            return select(model).where(tenant)
+        return self._joined(model).where(tenant, visible(model.__tablename__))  # type: ignore[attr-defined]
+
+    def _named(self, model: type[A] | None = None) -> dict[str, Any]:
+        """Values for the names in `_base`."""
+        named = {} if self.caller.kind == "system" else self._conditions()
+        if model is not None and model.subject_field is None:
+            named = {}
+        named["tenant"] = self.tenant_id
+        return named
 
     async def get(self, model: type[A], row_id: str, *, etag: str = "", what: str = "NOT_FOUND") -> A:
         """One row, locked against other writers in a write.
@@ -138,10 +179,23 @@ class Call:
             if not subjects:
                 return None
             raise NeedSubject(subjects, stale=True)
+        if self._reading is not None:
+            with contextlib.suppress(Unfit):
+                return await self._one_short(model, where)
         query = self.select(model)
         if self.method.writes:
             query = query.with_for_update(of=model, key_share=True)
         return (await self.db.execute(query.where(*where))).scalar_one_or_none()
+
+    async def _one_short(self, model: type[A], where: Sequence[ColumnElement[bool]]) -> A | None:
+        assert self._reading is not None
+        self._refuse_link()
+        rows = await self.runtime.database.statements.fetch(
+            self._reading, model, lambda: self._base(model), self._named(model), where
+        )
+        if len(rows) > 1:
+            raise Unfit
+        return rows[0] if rows else None
 
     def tenant_wide(self, model: type[A]) -> Select[tuple[A]]:
         """Rows of the whole tenant, for RPCs whose rule says so. Note what is shown with `saw`."""
@@ -175,13 +229,35 @@ class Call:
     async def subject(self, patient_id: str) -> None:
         """Make sure that the caller may see a patient's record. Raises NotFound, in the end."""
         self.saw(patient_id)
-        table = self.runtime.access.tables.subject
-        query = select(table.c.patient_id).where(table.c.tenant_id == self.tenant_id, table.c.patient_id == patient_id)
-        if self.caller.kind != "system":
-            self._refuse_link()
-            query = query.where(visible(None, self._conditions()))
-        if (await self.db.execute(query)).first() is None:
+        if not await self._seen([patient_id]):
             raise NeedSubject([patient_id], stale=self._unsure())
+
+    async def _seen(self, patient_ids: Sequence[str]) -> set[str]:
+        """Those of these patients whose records the caller may see."""
+        self._refuse_link()
+        table = self.runtime.access.tables.subject
+        system = self.caller.kind == "system"
+        if self._reading is not None:
+            tenant, ids = Uuid(as_uuid=False), ARRAY(Uuid(as_uuid=False))
+
+            def base() -> Select[Any]:
+                query = select(table.c.patient_id).where(
+                    table.c.tenant_id == bindparam("tenant", type_=tenant),
+                    table.c.patient_id == any_(bindparam("patients", type_=ids)),
+                )
+                return query if system else query.where(visible(None))
+
+            with contextlib.suppress(Unfit):
+                found = await self.runtime.database.statements.records(
+                    self._reading, f"seen {system}", base, {**self._named(), "patients": patient_ids}
+                )
+                return {str(one["patient_id"]) for one in found}
+        query = select(table.c.patient_id).where(
+            table.c.tenant_id == self.tenant_id, table.c.patient_id.in_(patient_ids)
+        )
+        if not system:
+            query = query.where(visible(None, self._conditions()))
+        return set((await self.db.execute(query)).scalars())
 
     async def page(
         self,
@@ -198,11 +274,12 @@ class Call:
         while others write. Raises Invalid `PAGE_TOKEN_INVALID` for a token of another query.
         """
         size = min(max(getattr(request, "page_size", 0) or default, 1), most)
-        shape = _shape(request)
         token = getattr(request, "page_token", "")
+        rows: list[A] | None = None
         if token:
+            shape = _shape(request)
             opened = self.runtime.page_signer.open(token)
-            if not isinstance(opened, list) or opened[0] != shape or len(opened) != len(order) + 1:
+            if not isinstance(opened, list) or len(opened) != len(order) + 1 or opened[0] != shape:
                 raise Invalid(
                     "PAGE_TOKEN_INVALID",
                     "The page token is not of this query; begin with the first page.",
@@ -210,33 +287,46 @@ class Call:
                 )
             key = tuple_(*[_read_key(column, value) for column, value in zip(order, opened[1:], strict=True)])
             query = query.where(tuple_(*order) < key if descending else tuple_(*order) > key)
-        query = query.order_by(*[column.desc() if descending else column for column in order]).limit(size + 1)
-        rows = list((await self.db.execute(query)).scalars())
+        elif self._reading is not None:
+            with contextlib.suppress(Unfit):
+                rows = await self._page_short(query, order, descending, size + 1)
+        if rows is None:
+            query = query.order_by(*[column.desc() if descending else column for column in order]).limit(size + 1)
+            rows = list((await self.db.execute(query)).scalars())
         if not rows and not token:
             await self._look_through()
         following = ""
         if len(rows) > size:
             rows = rows[:size]
             last = [getattr(rows[-1], column.key) for column in order]
-            following = self.runtime.page_signer.sign([shape, *last])
+            following = self.runtime.page_signer.sign([_shape(request), *last])
         for row in rows:
             self.saw(row.subject_id)
         return rows, following
+
+    async def _page_short(
+        self, query: Select[tuple[A]], order: Sequence[InstrumentedAttribute[Any]], descending: bool, limit: int
+    ) -> list[A]:
+        assert self._reading is not None
+        statements = self.runtime.database.statements
+        model, clauses = statements.since_begin(query)
+        return await statements.fetch(
+            self._reading,
+            model,
+            lambda: self._base(model),
+            self._named(model),
+            clauses,
+            order=order,
+            descending=descending,
+            limit=limit,
+        )
 
     async def _look_through(self) -> None:
         """Nothing was found of patients whom the request names: is it that this service can't see them yet?"""
         named = self._requested_subjects()
         if not named or self.looked or self.caller.kind in ("system", "link"):
             return
-        table = self.runtime.access.tables.subject
-        seen = await self.db.execute(
-            select(table.c.patient_id).where(
-                table.c.tenant_id == self.tenant_id,
-                table.c.patient_id.in_(named),
-                visible(None, self._conditions()),
-            )
-        )
-        hidden = set(named) - set(seen.scalars())
+        hidden = set(named) - await self._seen(named)
         if hidden:
             raise NeedSubject(hidden, optional=True)
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
+import asyncpg
+import orjson
 from care.events.v1.envelope_pb2 import Event
 from google.protobuf.message import Message
 from prometheus_client import Counter
@@ -18,6 +20,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from chassis.errors import Aborted
 from chassis.ids import new_id
 from chassis.model import Act, Told, listen
+from chassis.reading import Connections, Reading, Statements, Unfit
 from chassis.settings import Settings
 from chassis.telemetry import Telemetry, current_traceparent
 from chassis.wire import to_proto
@@ -85,7 +88,9 @@ class Database:
         self._twins: dict[tuple[str, ...], _Twins] = {}
         self._twin_patience = settings.lock_timeout
         self.deadlocks = Counter("care_deadlocks", "Deadlocks: each is a defect.", registry=telemetry.registry)
-        self.audit = AuditLog(self._autocommit, telemetry)
+        self._connections = Connections(_connect(settings, self.engine, telemetry.service))
+        self.statements = Statements(self.engine)
+        self.audit = AuditLog(self._autocommit, self._connections, telemetry)
 
         class ServiceSession(Session):
             """Sessions of this service alone: listeners of one must not hear another's."""
@@ -125,6 +130,16 @@ class Database:
         """A session whose statements stand alone."""
         async with self._place(), self._readers() as db:
             yield db
+
+    @contextlib.asynccontextmanager
+    async def hot_reading(self) -> AsyncIterator[Reading]:
+        """As `reading`, with the short way for whoever knows it."""
+        async with self._place():
+            reading = Reading(self._connections, self._readers)
+            try:
+                yield reading
+            finally:
+                await reading.close()
 
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
@@ -229,26 +244,42 @@ class Database:
     async def stop(self) -> None:
         """Write what is buffered, close the pool."""
         await self.audit.stop()
+        await self._connections.close()
         await self.engine.dispose()
 
 
 class AuditLog:
     """One row per call. Writes put theirs into their own transaction; lists within half a second."""
 
-    def __init__(self, engine: AsyncEngine, telemetry: Telemetry) -> None:
+    def __init__(self, engine: AsyncEngine, connections: Connections, telemetry: Telemetry) -> None:
         self._engine = engine
+        self._connections = connections
         self._log = telemetry.log
         self._buffer: list[dict[str, Any]] = []
         self._refusals: list[dict[str, Any]] = []
         self._one_at_a_time = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
-    async def read(self, db: AsyncSession, entry: dict[str, Any], *, at_once: bool) -> None:
+    async def read(self, db: AsyncSession | Reading, entry: dict[str, Any], *, at_once: bool) -> None:
         """Note a read: before the answer, or within half a second for a page of a list."""
-        if at_once or len(self._buffer) >= _AUDIT_BUFFER_AT_MOST:
-            await db.execute(_AUDIT, entry)
-        else:
+        if not at_once and len(self._buffer) < _AUDIT_BUFFER_AT_MOST:
             self.later(entry)
+        elif isinstance(db, Reading):
+            await self.write([entry], db)
+        else:
+            await db.execute(_AUDIT, entry)
+
+    async def write(self, rows: Sequence[Mapping[str, Any]], reading: Reading | None = None) -> None:
+        """Write rows in one statement; one that is there already is left as it is."""
+        own = reading or Reading(self._connections, _no_session)
+        try:
+            await own.fetch(_AUDIT_MANY, _columns(rows))
+        except Unfit:  # the long way tells what is wrong
+            async with self._engine.connect() as connection:
+                await connection.execute(_AUDIT_ONCE, [dict(row) for row in rows])
+        finally:
+            if reading is None:
+                await own.close()
 
     def later(self, entry: dict[str, Any]) -> None:
         """Note it within half a second."""
@@ -262,8 +293,7 @@ class AuditLog:
             async with asyncio.timeout(2), self._one_at_a_time:
                 if any(one is entry for one in self._refusals):
                     rows = list(self._refusals)
-                    async with self._engine.connect() as connection:
-                        await connection.execute(_AUDIT_ONCE, rows)
+                    await self.write(rows)
                     written = {id(one) for one in rows}
                     self._refusals[:] = [one for one in self._refusals if id(one) not in written]
         except Exception as error:
@@ -292,8 +322,7 @@ class AuditLog:
         if not self._buffer:
             return
         rows = list(self._buffer)
-        async with self._engine.connect() as connection:
-            await connection.execute(_AUDIT_ONCE, rows)
+        await self.write(rows)
         del self._buffer[: len(rows)]
 
 
@@ -314,19 +343,46 @@ def engine(settings: Settings, *, application: str) -> AsyncEngine:
         max_overflow=6,
         pool_timeout=5,
         pool_recycle=1800,
-        connect_args={
-            "timeout": 5,
-            "command_timeout": settings.statement_timeout + 5,
-            "server_settings": {
-                "application_name": f"care-{application}",
-                "lock_timeout": str(int(settings.lock_timeout * 1000)),
-                "statement_timeout": str(int(settings.statement_timeout * 1000)),
-                "idle_in_transaction_session_timeout": "15000",
-                "timezone": "UTC",
-                "jit": "off",
-            },
-        },
+        json_deserializer=orjson.loads,
+        connect_args=_connect_arguments(settings, application),
     )
+
+
+def _connect_arguments(settings: Settings, application: str) -> dict[str, Any]:
+    return {
+        "timeout": 5,
+        "command_timeout": settings.statement_timeout + 5,
+        "server_settings": {
+            "application_name": f"care-{application}",
+            "lock_timeout": str(int(settings.lock_timeout * 1000)),
+            "statement_timeout": str(int(settings.statement_timeout * 1000)),
+            "idle_in_transaction_session_timeout": "15000",
+            # A call whose deadline passed drops its connection: what it was running must not keep its locks until the end.
+            "client_connection_check_interval": "500",
+            "timezone": "UTC",
+            "jit": "off",
+        },
+    }
+
+
+def _connect(settings: Settings, engine: AsyncEngine, application: str) -> Callable[[], Any]:
+    """How a driver's connection is made to where the engine's go."""
+    _, found = engine.dialect.create_connect_args(engine.url)
+    arguments = {**found, **_connect_arguments(settings, application)}
+    for name in ("prepared_statement_cache_size", "prepared_statement_name_func", "async_fallback"):
+        arguments.pop(name, None)  # SQLAlchemy's own
+    return lambda: asyncpg.connect(**arguments)
+
+
+def _no_session() -> AsyncSession:
+    raise AssertionError("only statements are run here")
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Rows as lists by column; lists of ids as text, since a list of lists would be flattened."""
+    columns = {name: [row[name] for row in rows] for name in _ENTRY}
+    columns["subject_ids"] = ["{" + ",".join(ids) + "}" for ids in columns["subject_ids"]]
+    return list(columns.values())
 
 
 _UUID = Uuid(as_uuid=False)
@@ -349,6 +405,12 @@ _AUDIT = text(
 # What is written from a buffer may be written again: a connection can be lost after the commit, a task ended.
 _AUDIT_ONCE = text(f"{_AUDIT.text} ON CONFLICT (id) DO NOTHING").bindparams(
     *(bindparam(name, type_=_ENTRY_TYPES.get(name, Text)) for name in _ENTRY)
+)
+_AUDIT_MANY = (
+    f"INSERT INTO audit ({', '.join(_ENTRY)})"
+    f" SELECT {', '.join(name + ('::uuid[]' if name == 'subject_ids' else '') for name in _ENTRY)} FROM unnest("
+    + ", ".join(f"${n}::{'uuid' if name in ('id', 'tenant_id') else 'text'}[]" for n, name in enumerate(_ENTRY, 1))
+    + f") AS e({', '.join(_ENTRY)}) ON CONFLICT (id) DO NOTHING"
 )
 _OUTBOX_TYPES = (
     bindparam("keys", type_=ARRAY(Text)),

@@ -130,6 +130,7 @@ _CLASSES: dict[StatusCode, type[Problem]] = {
         Unavailable,
         DeadlineExceeded,
         Unimplemented,
+        Internal,
     )
 }
 

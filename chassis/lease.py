@@ -39,6 +39,11 @@ class Lease:
         return self.epoch is not None and time.monotonic() - self._confirmed_at < self._ttl / 3
 
     @property
+    def stands(self) -> bool:
+        """Whether it can't have ended yet, by our own clock: for the very moment of acting, without asking."""
+        return self.epoch is not None and time.monotonic() - self._confirmed_at < self._ttl * 0.8
+
+    @property
     def retry_after(self) -> float:
         """Seconds after which another try, or a renewal, is due."""
         return self._ttl / 3

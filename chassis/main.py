@@ -10,6 +10,7 @@ import uvloop
 
 from chassis import migrations
 from chassis.bus import Bus
+from chassis.garbage import calm_collector
 from chassis.service import Server, Service
 from chassis.settings import Settings
 from chassis.telemetry import install_log_guard
@@ -72,6 +73,7 @@ async def _serve(service: Service, settings: Settings) -> None:
     if starting.done() and starting.exception() is not None:
         waiting.cancel()
         starting.result()
+    calm_collector()
     await waiting
     starting.cancel()
     await asyncio.gather(starting, return_exceptions=True)

@@ -53,6 +53,7 @@ from chassis.telemetry import RpcSpan, Telemetry
 from chassis.timers import LoopMetrics, RunningLoop
 
 _MAX_CONFLICTS = 3
+_BATCH_READ = "care.batch.v1.BatchService/BatchRead"
 _READ_THROUGHS = 3
 _ACTOR = re.compile(r"(staff|patient|related):[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -72,7 +73,7 @@ class Method:
         # A page of a list is noted within a second; all else before the answer.
         self.listing = not self.writes and descriptor.name.startswith(("List", "BatchGet"))
         # Its items open sessions of their own: were it to hold a place meanwhile, a few of them would wait for ever.
-        self.joins = descriptor.containing_service.full_name == "care.batch.v1.BatchService"
+        self.joins = self.name == _BATCH_READ
         self.has_request_id = "request_id" in descriptor.input_type.fields_by_name
         self.has_source = "source" in descriptor.input_type.fields_by_name
         self.has_tenant = "tenant_id" in descriptor.input_type.fields_by_name
@@ -133,6 +134,8 @@ class Exchange:
     db: AsyncSession | None = None
     key: dict[str, str] = field(default_factory=dict)
     replayed: bool = False
+    notes: list[dict[str, Any]] | None = None
+    """Of a read in a batch: where its audit row goes, instead of into the database."""
 
 
 Proceed = Callable[[Exchange], Awaitable[Message]]
@@ -240,15 +243,20 @@ async def transact(exchange: Exchange, proceed: Proceed) -> Message:
         if method.has_source:
             call.source = _source(exchange.request.source)  # type: ignore[attr-defined]
         try:
-            if method.joins:
+            if method.joins:  # no place at the database: those that it joins need one each
                 answer = await proceed(exchange)
+                if call.notes:
+                    await runtime.database.audit.write(call.notes)
                 runtime.database.audit.later(entry(exchange, "OK"))
                 return answer
             if not method.writes:
-                async with runtime.database.reading() as db:
-                    call.begin(db)
+                async with runtime.database.hot_reading() as reading:
+                    call.begin_reading(reading)
                     answer = await proceed(exchange)
-                    await runtime.database.audit.read(db, entry(exchange, "OK"), at_once=not method.listing)
+                    if exchange.notes is not None and not method.listing:
+                        exchange.notes.append(entry(exchange, "OK"))  # whoever runs the batch writes them
+                    else:
+                        await runtime.database.audit.read(reading, entry(exchange, "OK"), at_once=not method.listing)
                 return answer
             key = exchange.key = _key(call)
             # Queue first, then take a place: 64 twins must not hold all of them.
@@ -379,12 +387,13 @@ class Pipeline:
         *,
         metadata: Any = (),
         time_remaining: Callable[[], float | None] | None = None,
+        notes: list[dict[str, Any]] | None = None,
     ) -> Message:
         """Run one request. Raises Problem, nothing else (and CancelledError)."""
         remaining = time_remaining() if time_remaining is not None else None
         deadline = time.monotonic() + remaining if remaining is not None else None
         with self.runtime.telemetry.server_span(method.name, metadata, time_remaining=time_remaining) as span:
-            exchange = Exchange(self.runtime, method, request, credentials, deadline, span)
+            exchange = Exchange(self.runtime, method, request, credentials, deadline, span, notes=notes)
             if self._in_flight >= self.runtime.settings.concurrency:
                 problem: Problem = ResourceExhausted("OVERLOADED", "Too many requests at once; try again in a second.")
                 span.set_code(problem.code, reason=problem.reason)
@@ -448,8 +457,18 @@ class Pipeline:
 
         return serve
 
-    async def batched(self, name: str, body: bytes, credentials: Credentials, traceparent: str) -> tuple[int, bytes]:
-        """One read of a batch: (0, response) or (code, serialized google.rpc.Status)."""
+    async def batched(
+        self,
+        name: str,
+        body: bytes,
+        credentials: Credentials,
+        traceparent: str,
+        notes: list[dict[str, Any]] | None = None,
+    ) -> tuple[int, bytes]:
+        """One read of a batch: (0, response) or (code, serialized google.rpc.Status).
+
+        Its audit row is added to `notes`, for the caller to write before the answer; without `notes` it is written here.
+        """
         method = self.methods.get(name)
         try:
             if method is None or method.writes or not method.rule.permission:
@@ -459,7 +478,7 @@ class Pipeline:
                 request = method.request.FromString(body)
             except DecodeError:
                 raise Invalid("REQUEST_UNREADABLE", "The request is no message of this RPC.") from None
-            answer = await self.invoke(method, request, credentials, metadata=metadata)
+            answer = await self.invoke(method, request, credentials, metadata=metadata, notes=notes)
         except Problem as problem:
             return problem.code.value[0], to_status(problem).SerializeToString()
         return 0, answer.SerializeToString()

@@ -240,7 +240,8 @@ class Relay:
         # The process may have been stopped since it asked: nothing is awaited between this look and the append.
         if not self._lease.fresh:
             raise _LeaseLost
-        return await self._bus.append(topic, messages)
+        # While the bus takes its time, the lease is renewed; a process that was stopped meanwhile finds that it ended.
+        return await self._bus.append(topic, messages, lambda: self._lease.stands)
 
     async def _observe(self) -> None:
         trouble = ""

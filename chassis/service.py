@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from care.access.v1 import access_pb2
 from care.audit.v1 import audit_pb2
 from care.batch.v1 import batch_pb2
 from care.events.v1.envelope_pb2 import Event
+from care.options.v1 import options_pb2
+from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -76,6 +79,20 @@ class Service:
         """Topics that it reads."""
         heard = dict.fromkeys([*self.hears, *(() if self.owns_access else ("patients",))])
         return [f"care.{name}" for name in heard]
+
+
+@cache
+def event_types() -> frozenset[str]:
+    """Types of the events that this build's contract knows, whoever tells them: each payload names its own."""
+    # The descriptors themselves: an image has no other service's modules to import.
+    path = Path(options_pb2.__file__).parents[3] / "descriptors.binpb"
+    files = descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file
+    return frozenset(
+        kind
+        for file in files
+        for message in file.message_type
+        for kind in message.options.Extensions[options_pb2.event_types]
+    )
 
 
 def package_version() -> str:
@@ -154,6 +171,7 @@ class Server:
             log=telemetry.log,
             recover=self._recover,
             applied=self._applied,
+            known_types=event_types(),
             actor=f"system:{service.name}",
         )
         self.sealer = Sealer(self.database.engine, settings, telemetry)

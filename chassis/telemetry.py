@@ -20,7 +20,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter, SpanExportResult
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import Attributes, AttributeValue
@@ -325,10 +325,11 @@ class Telemetry:
                 "deployment.environment.name": environment,
             }
         )
+        # Where nobody takes spans, none are recorded: that halves what a span costs. They have their ids all the same.
+        kept = exporter is not None or otlp_endpoint is not None
+        sampler = ParentBased(TraceIdRatioBased(sample_ratio)) if kept else ALWAYS_OFF
         # shutdown_on_exit would flush at exit without a bound and hang while the collector is away.
-        provider = TracerProvider(
-            sampler=ParentBased(TraceIdRatioBased(sample_ratio)), resource=resource, shutdown_on_exit=False
-        )
+        provider = TracerProvider(sampler=sampler, resource=resource, shutdown_on_exit=False)
         out = None
         if exporter is not None:
             out = _Scrubbing(exporter, metrics.spans)

@@ -143,7 +143,7 @@ def _scalar(field: FieldDescriptor) -> Callable[[Any], Any]:
 
         return number
     if field.type == FieldDescriptor.TYPE_STRING:
-        return str
+        return lambda value: value.name if isinstance(value, Enum) else str(value)
     if field.type in (FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_FLOAT):
         return float
     return lambda value: value

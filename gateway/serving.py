@@ -13,6 +13,7 @@ import uvicorn
 
 from chassis.auth import Credential, Verifier
 from chassis.clients import Clients
+from chassis.garbage import calm_collector
 from chassis.telemetry import Telemetry
 from gateway.app import Gateway, create_app
 from gateway.settings import GatewaySettings
@@ -113,6 +114,7 @@ async def serve(settings: GatewaySettings) -> None:
     try:
         await server.start()
         telemetry.log.info("serving", port=server.port)
+        calm_collector()
         waiting, ended = asyncio.create_task(stopped.wait()), asyncio.create_task(server.ended())
         await asyncio.wait((waiting, ended), return_when=asyncio.FIRST_COMPLETED)
         await server.stop()

@@ -68,10 +68,13 @@ def up(
     ] = False,
 ) -> None:
     """Run the whole system on this machine until Ctrl-C. Data stay in the folder, also over kill -9."""
+    import stamina.instrumentation
+
     from system.issuer import NotInProduction
     from system.process import FolderInUse, ServerFailed
     from system.run import System
 
+    stamina.instrumentation.set_on_retry_hooks([])  # loading the sample may try something twice; nobody needs to know
     try:
         _run(_up(System(data, port, kafka=kafka, empty=empty)))
     except (FolderInUse, ServerFailed, NotInProduction) as error:
@@ -149,7 +152,7 @@ def token(
     if patient:
         if running is None:
             _fail("a patient's login is made by the running system: start it with `care up`")
-        _run(_make_login(running["url"], signer.issue(role="admin"), patient))
+        _run(make_login(running["url"], signer.issue(role="admin"), patient))
     elif running is not None and running["empty"]:
         if role != "admin":
             typer.echo("The system is empty: this works once an administrator has made that staff member.", err=True)
@@ -161,7 +164,8 @@ def token(
     typer.echo(printed)
 
 
-async def _make_login(url: str, admin: str, patient_id: str) -> None:
+async def make_login(url: str, admin: str, patient_id: str) -> None:
+    """Let a patient sign in at the development issuer, unless they can already."""
     from system.importing.client import GatewayClient, Refused, Stopped
     from system.issuer import ISSUER, patient_subject
 

@@ -19,7 +19,7 @@ from system.plan import Plan
 from system.process import LOG_KEPT_BYTES
 from system.topology import GATEWAY, SERVICES
 
-_STOP_SECONDS = 6.0
+_STOP_SECONDS = 4.0
 
 
 async def migrate(databases: Mapping[str, str]) -> None:

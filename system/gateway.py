@@ -7,6 +7,7 @@ from pathlib import Path
 
 from chassis.auth import Credential, Verifier
 from chassis.clients import Clients
+from chassis.garbage import calm_collector
 from chassis.service import package_version
 from chassis.telemetry import Telemetry, install_log_guard
 from gateway.app import create_app
@@ -59,6 +60,7 @@ async def _serve(settings: GatewaySettings, mailbox_file: Path) -> None:
     served = DevelopmentGateway(settings, telemetry, mailbox_file)
     watching = telemetry.watch_loop()
     await served.start()
+    calm_collector()
     ended, waiting = asyncio.create_task(served.server.ended()), asyncio.create_task(stopped.wait())
     await asyncio.wait((ended, waiting), return_when=asyncio.FIRST_COMPLETED)
     for task in (waiting, watching):

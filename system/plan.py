@@ -16,7 +16,7 @@ from system.process import LOOPBACK, free_port, read_state, write_state
 from system.topology import GATEWAY, SERVICES, Node
 
 # Shorter than in a cluster, where connections that last may take half a minute to go.
-_DRAIN_SECONDS = 3.0
+_DRAIN_SECONDS = 2.0
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ SERVICES: Mapping[str, Node] = {
         _service(1, "patients"),
         _service(2, "scheduling", "patients"),
         _service(3, "referrals", "patients", "scheduling"),
-        _service(4, "notifications", "patients", "scheduling"),
+        _service(4, "notifications", "patients", "scheduling", "feedback"),
         _service(5, "feedback", "patients", "scheduling"),
     )
 }

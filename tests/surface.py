@@ -93,7 +93,7 @@ def calls(folder: str) -> Iterator[tuple[str, ast.Call]]:
 def told(service: str) -> set[str]:
     """Event types that a service may tell: by its lifecycles, and by `tell` in its sources."""
     found = {
-        f"{model.aggregate}.{arrow.event}"
+        _event(model.aggregate, arrow.event)
         for model in aggregates(service)
         if issubclass(model, Living)
         for arrow in model.lifecycle

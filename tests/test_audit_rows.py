@@ -147,7 +147,7 @@ class Walk:
                 yield self._request(rpc, row_id), row_id
 
     def _values(self, rpc: Rpc, model: type[Aggregate], status: Any) -> dict[str, Any]:
-        values = {"clinic_id": self.clinic, "pool_id": self.pool, "telecom": [_PHONE]}
+        values = {"clinic_id": self.clinic, "pool_id": self.pool, "telecom": [_PHONE], "time_zone": "America/New_York"}
         if status is not None and issubclass(model, Living):
             values[model.status_field] = status
             before = next(

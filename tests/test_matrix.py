@@ -68,8 +68,8 @@ async def test_of_our_own_services_only_those_named_may_call(world: World, rpc: 
 
 
 def _names_a_row(rpc: Rpc) -> bool:
-    """Whether the request names one row, at its top or in the resource that it carries."""
-    return not rpc.method.name.startswith(("List", "Search", "Create", "Upsert", "Batch")) and "id" in _id_fields(rpc)
+    """Whether the request names one row, at its top or, of an update, in the resource that it carries."""
+    return rpc.method.name.startswith("Update") or "id" in rpc.method.input_type.fields_by_name
 
 
 def _id_fields(rpc: Rpc) -> set[str]:

@@ -1,6 +1,6 @@
 """The bus that events travel on: what it promises, whichever of the two implementations keeps the promise."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -95,6 +95,10 @@ class Reader(Protocol):
     async def stop(self) -> None: ...
 
 
+MayLeave = Callable[[], bool]
+"""Whether what waits to be sent may still be: the process may have been stopped for long in the middle of sending."""
+
+
 class Bus(Protocol):
     """Append-only topics of keyed partitions, read by groups; a new group reads from the start."""
 
@@ -108,10 +112,13 @@ class Bus(Protocol):
         """Make those that are missing; the number of partitions is fixed at creation."""
         ...
 
-    async def append(self, topic: str, messages: Sequence[Message]) -> list[AppendRefused | None]:
+    async def append(
+        self, topic: str, messages: Sequence[Message], may_leave: MayLeave | None = None
+    ) -> list[AppendRefused | None]:
         """Append in order per key; the answer has one entry a message, None where it is acknowledged.
 
         Raises BusUnavailable where nothing may be assumed: the caller sends all again, duplicates are allowed.
+        `may_leave` is asked at the last moment at which messages can be kept back; its no is BusUnavailable, too.
         """
         ...
 

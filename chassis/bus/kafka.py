@@ -24,6 +24,7 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
     for_code,
 )
+from aiokafka.protocol.produce import ProduceRequest
 
 from chassis.bus import (
     HELD_BACK,
@@ -35,6 +36,7 @@ from chassis.bus import (
     AppendRefused,
     BusUnavailable,
     Lag,
+    MayLeave,
     Message,
     Partition,
     Record,
@@ -99,6 +101,7 @@ class KafkaBus:
         self._building = asyncio.Lock()
         self._known: set[str] = set()
         self._closing: set[asyncio.Task[None]] = set()
+        self._may_leave: dict[str, MayLeave] = {}
 
     async def start(self) -> None:
         # aiokafka logs a line per failed try and, at DEBUG, keys and values: neither may reach a log. What matters is
@@ -142,7 +145,11 @@ class KafkaBus:
                 await admin.close()
         self._known |= wanted
 
-    async def append(self, topic: str, messages: Sequence[Message]) -> list[AppendRefused | None]:
+    async def append(
+        self, topic: str, messages: Sequence[Message], may_leave: MayLeave | None = None
+    ) -> list[AppendRefused | None]:
+        if may_leave is not None:
+            self._may_leave[topic] = may_leave
         verdicts = refuse_in_order(messages, self._limit)
         sent = [place for place, verdict in enumerate(verdicts) if verdict is None]
         if not sent:
@@ -227,8 +234,24 @@ class KafkaBus:
                     except BaseException:
                         await _close_producer(producer)
                         raise
+                    self._guard(producer.client)
                     self._producer = producer
         return self._producer
+
+    def _guard(self, client: Any) -> None:
+        """Ask `may_leave` right before the bytes go: a batch waits in the producer for the one before it, for a connection,
+        or because the whole process was stopped."""
+        send = client.send
+
+        async def guarded(node_id: Any, request: Any, **options: Any) -> Any:
+            # Once it is connected, nothing is awaited any more between the question and the socket.
+            if isinstance(request, ProduceRequest) and await client.ready(node_id):
+                for topic, _ in request._topics:
+                    if not self._may_leave.get(topic, _always)():
+                        raise KeptBack
+            return await send(node_id, request, **options)
+
+        client.send = guarded
 
     def _drop_producer(self) -> None:
         producer, self._producer = self._producer, None
@@ -242,6 +265,16 @@ class KafkaBus:
 
     def reader(self, group: str, topics: Sequence[str]) -> "KafkaReader":
         return KafkaReader(self, group, topics)
+
+
+class KeptBack(KafkaError):  # type: ignore[misc]
+    """What was to be sent may no longer be; not to be tried again by the producer itself."""
+
+    retriable = False
+
+
+def _always() -> bool:
+    return True
 
 
 def _look_at(future: "asyncio.Future[Any]") -> None:

@@ -17,6 +17,7 @@ from chassis.bus import (
     AppendRefused,
     BusUnavailable,
     Lag,
+    MayLeave,
     Message,
     Partition,
     Record,
@@ -198,7 +199,9 @@ class PostgresBus:
             rows = await connection.fetch("SELECT name, partitions FROM topic WHERE name = ANY($1)", missing)
         self._partitions.update((row["name"], row["partitions"]) for row in rows)
 
-    async def append(self, topic: str, messages: Sequence[Message]) -> list[AppendRefused | None]:
+    async def append(
+        self, topic: str, messages: Sequence[Message], may_leave: MayLeave | None = None
+    ) -> list[AppendRefused | None]:
         verdicts = refuse_in_order(messages, self._limit)
         sent = [message for message, verdict in zip(messages, verdicts, strict=True) if verdict is None]
         if not sent:
@@ -206,6 +209,8 @@ class PostgresBus:
         await self.ensure_topics([topic])
         partitions = self._partitions[topic]
         async with self.connection() as connection:
+            if may_leave is not None and not may_leave():
+                raise BusUnavailable("KEPT_BACK")
             await connection.execute(
                 "SELECT bus_append($1, $2, $3, $4, $5)",
                 topic,

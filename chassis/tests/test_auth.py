@@ -14,7 +14,6 @@ import pytest
 from joserfc import jwt
 from joserfc.jwk import ECKey, KeySet, OKPKey, RSAKey
 
-from chassis import auth
 from chassis.auth import Credential, Verifier
 from chassis.errors import Problem, Unauthenticated, Unavailable
 from chassis.settings import Issuer
@@ -122,7 +121,7 @@ async def test_confused_tokens_are_refused(verifier: Verifier, clock: Clock, jwk
 
 async def test_claims_that_do_not_fit_are_refused(verifier: Verifier, clock: Clock) -> None:
     now = int(clock.now)
-    for reason, changes in [
+    wrong: list[tuple[str, dict[str, Any]]] = [
         ("TOKEN_INVALID", {"aud": "other"}),
         ("TOKEN_INVALID", {"aud": ["care2", "car"]}),
         ("TOKEN_INVALID", {"aud": None}),
@@ -141,7 +140,8 @@ async def test_claims_that_do_not_fit_are_refused(verifier: Verifier, clock: Clo
         ("TOKEN_INVALID", {"sub": None}),
         ("TOKEN_INVALID", {"sub": ""}),
         ("TOKEN_INVALID", {"sub": 7}),
-    ]:
+    ]
+    for reason, changes in wrong:
         assert await refusal(verifier, token(EC, claims(clock, **changes))) == reason, changes
     assert await verifier.verify(token(EC, claims(clock, exp=now - 4)))  # clocks differ a little
 
@@ -219,7 +219,7 @@ def remote(server: KeyServer, clock: Clock) -> Verifier:
 def later(seconds: float, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     real = time.monotonic
     with monkeypatch.context() as patched:
-        patched.setattr(auth.time, "monotonic", lambda: real() + seconds)
+        patched.setattr("chassis.auth.time.monotonic", lambda: real() + seconds)
         yield
 
 

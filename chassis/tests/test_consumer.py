@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from chassis.bus import AppendRefused, BusUnavailable, Message, Record
+from chassis.bus import AppendRefused, BusUnavailable, MayLeave, Message, Record
 from chassis.bus.postgres import PostgresBus
 from chassis.consumer import Consumer, Retry, trim_inbox
 from chassis.reactions import Reactions
@@ -31,10 +31,12 @@ class Watched(PostgresBus):
 
     parking_fails = False
 
-    async def append(self, topic: str, messages: Sequence[Message]) -> list[AppendRefused | None]:
+    async def append(
+        self, topic: str, messages: Sequence[Message], may_leave: MayLeave | None = None
+    ) -> list[AppendRefused | None]:
         if self.parking_fails and topic.startswith("care.dlq."):
             raise BusUnavailable("away")
-        return await super().append(topic, messages)
+        return await super().append(topic, messages, may_leave)
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,35 @@ async def test_a_broker_that_refuses_a_batch_costs_only_the_guilty_messages_key(
     await bus.stop()
 
 
+async def test_what_may_no_longer_leave_is_kept_back_at_the_last_moment(kafka_server: str, topic: str) -> None:
+    bus = KafkaBus(kafka_server)
+    await bus.start()
+    may, refused = True, 0
+
+    def may_leave() -> bool:
+        nonlocal refused
+        refused += not may
+        return may
+
+    assert await bus.append(topic, [Message("a", b"1")], may_leave) == [None]
+    may = False
+    with pytest.raises(BusUnavailable):
+        await bus.append(topic, [Message("a", b"kept back")], may_leave)
+    assert refused == 1, "it was tried again although it may not leave"
+    may = True
+    assert await bus.append(topic, [Message("a", b"2")], may_leave) == [None]
+    reader = bus.reader("kept-back", [topic])
+    await reader.start()
+    values: list[bytes | None] = []
+    async with asyncio.timeout(20):
+        while len(values) < 2:
+            for records in (await reader.fetch(10, 1)).values():
+                values.extend(record.value for record in records)
+    assert values == [b"1", b"2"]
+    await reader.stop()
+    await bus.stop()
+
+
 async def test_a_broker_that_is_not_there_is_unavailable_and_keeps_nobody_from_starting() -> None:
     bus = KafkaBus(f"127.0.0.1:{free_port()}", delivery=3)
     await bus.start()

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from sqlalchemy import text
 
-from chassis.bus import AppendRefused, BusUnavailable, Message
+from chassis.bus import AppendRefused, BusUnavailable, MayLeave, Message
 from chassis.bus.postgres import PostgresBus
 from chassis.relay import Relay, _LeaseLost
 from chassis.tests.telling import TRACEPARENT, Thing, event_of, metric
@@ -31,11 +31,13 @@ class Watched(PostgresBus):
     away = False
     appended = 0
 
-    async def append(self, topic: str, messages: Sequence[Message]) -> list[AppendRefused | None]:
+    async def append(
+        self, topic: str, messages: Sequence[Message], may_leave: MayLeave | None = None
+    ) -> list[AppendRefused | None]:
         if self.away:
             raise BusUnavailable("away")
         self.appended += len(messages)
-        return await super().append(topic, messages)
+        return await super().append(topic, messages, may_leave)
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +166,8 @@ import asyncio, sys
 from chassis.bus.postgres import PostgresBus
 from chassis.tests.telling import Thing
 class Signed(PostgresBus):
-    async def append(self, topic, messages):
-        return await super().append(topic, [m._replace(headers=(("by", b"stale"),)) for m in messages])
+    async def append(self, topic, messages, may_leave):
+        return await super().append(topic, [m._replace(headers=(("by", b"stale"),)) for m in messages], may_leave)
 async def main(url, bus_url):
     thing = Thing(url)
     relay = thing.relay(Signed(bus_url), ttl=1.0, sweep=0.05)

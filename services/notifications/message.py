@@ -178,6 +178,8 @@ class Message(Written, Living, Base):
     sent_time: Mapped[datetime | None] = mapped_column(TIME)
     spent: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
     """Channels that were given up."""
+    calls: Mapped[int] = mapped_column(Integer, default=0)
+    """Calls so far: the number of the latest attempt."""
     tries: Mapped[int] = mapped_column(Integer, default=0)
     """Calls on the present channel that failed."""
     language: Mapped[str] = mapped_column(Text, default="")
@@ -217,17 +219,16 @@ class Message(Written, Living, Base):
         self.move("fail" if self.spent else "suppress", reason_code=reason)
         self.free()
 
-    def start(self, now: datetime, until: datetime, channel: str, **values: Any) -> int:
-        """A call of the provider begins; answers its number. `values`: the text and what allowed it."""
+    def start(self, now: datetime, until: datetime, channel: str, **values: Any) -> "Attempt":
+        """A call of the provider begins; answers its row. `values`: the text and what allowed it."""
         self.move("start")
         self.channel = channel
         self.status_reason = ""
         self.lease_time = until
         for name, value in values.items():
             setattr(self, name, value)
-        number = len(self.attempts) + 1
-        self.attempts.append(Attempt(number=number, channel=channel, start_time=now))
-        return number
+        self.calls += 1
+        return Attempt(tenant_id=self.tenant_id, message_id=self.id, number=self.calls, channel=channel, start_time=now)
 
     def _end(self, now: datetime, outcome: str, error_code: str = "") -> "Attempt":
         attempt = self.attempts[-1]

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -17,12 +17,14 @@ from care.scheduling.v1.appointments_pb2_grpc import AppointmentsServiceStub
 from care.type.v1 import type_pb2
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from prometheus_client import Counter, Gauge, Histogram
-from sqlalchemy import func, or_, select, tuple_
+from sqlalchemy import and_, func, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import noload
 
 from chassis.clients import call
 from chassis.errors import NotFound, Problem
 from chassis.ids import new_id
+from chassis.model import Act
 from chassis.pipeline import Runtime
 from chassis.telemetry import context_from, links_to
 from chassis.timers import Loop, RunningLoop, due
@@ -37,7 +39,7 @@ from services.notifications.message import (
     Reminder,
     ReminderStatus,
 )
-from services.notifications.projections import Clinic, VisitType
+from services.notifications.projections import Appointment, Clinic, VisitType
 from services.notifications.providers import Outcome, Parcel, Provider, providers
 from services.notifications.settings import NotificationsSettings
 from services.notifications.templates import Rendered, Templates, facts, local_time
@@ -47,6 +49,8 @@ _SAID_IN = "appointment-reminder"
 _REDACTED = "[link]"
 _BACKLOG_EVERY = 10.0
 _TRIES_TO_RECORD = 4
+# Of the age that a check may reach: the rest is for the commit that says that the call begins.
+_BEGUN_WITHIN = 0.6
 
 
 class SendMetrics:
@@ -168,7 +172,7 @@ class Ruling(NamedTuple):
     """What becomes of a message that waits and is ours."""
 
     message: Message
-    lease_token: str
+    batch: "Batch"
     verdict: Start | Wait | Drop | Again
 
 
@@ -189,9 +193,9 @@ class Batch:
     token: str
     messages: list[Message]
     clinics: Mapping[str, Clinic]
+    visit_types: Mapping[str, VisitType]
     claimed_time: datetime
     claimed_at: float
-    visit_types: Mapping[str, VisitType] = field(default_factory=dict)
 
     def now(self) -> datetime:
         """The database's clock, carried on by the monotonic one."""
@@ -254,7 +258,9 @@ class Sender:
     async def work(self, _runtime: Runtime) -> int:
         """Claim one batch and let it go its way; answers how many messages were touched."""
         await self._show_backlog()
-        if len(self._lanes) >= self.settings.send_lanes:
+        # Where even small batches grow stale before their end, side by side they only do so the more.
+        lanes = self.settings.send_lanes if 2 * self._size > self.settings.send_batch else 1
+        if len(self._lanes) >= lanes:
             await asyncio.wait(self._lanes, return_when=asyncio.FIRST_COMPLETED)
         count = min([self._size, *(budget.left() for budget in self._budgets.values())])
         if count < 1:
@@ -287,7 +293,7 @@ class Sender:
         try:
             await self._send(batch, used)
         except Exception as error:  # the lease ends by itself
-            self._log.warning("messages wait, trying again", error=type(error).__name__, messages=len(batch.messages))
+            self._log.warning("messages wait, trying again", messages=len(batch.messages), exc_info=error)
         finally:
             for channel, budget in self._budgets.items():
                 budget.take(used[channel] - len(batch.messages))
@@ -327,12 +333,12 @@ class Sender:
                 else:
                     message.lease(token, now + self._lease)
                     claimed.append(message)
-            clinics = await self._clinics(db, claimed)
+            clinics, visit_types = await self._directory(db, claimed)
         touched = len(lost) + len(messages) + len(reminders)
         tenants: dict[str, list[Message]] = {}
         for message in claimed:
             tenants.setdefault(message.tenant_id, []).append(message)
-        return [Batch(tenant, token, rows, clinics, now, at) for tenant, rows in tenants.items()], touched
+        return [Batch(tenant, token, rows, clinics, visit_types, now, at) for tenant, rows in tenants.items()], touched
 
     @staticmethod
     def _still_of_use(reminders: Sequence[Reminder]) -> list[Reminder]:
@@ -349,13 +355,21 @@ class Sender:
                 kept.append(reminder)
         return kept
 
-    async def _clinics(self, db: AsyncSession, messages: Sequence[Message]) -> dict[str, Clinic]:
-        ids = {message.clinic_id for message in messages if message.clinic_id}
-        if not ids:
-            return {}
+    async def _directory(
+        self, db: AsyncSession, messages: Sequence[Message]
+    ) -> tuple[dict[str, Clinic], dict[str, VisitType]]:
+        """What is known here about the places and kinds of the visits; read now, since after the check every step counts."""
         tenants = {message.tenant_id for message in messages}
-        rows = await db.execute(select(Clinic).where(Clinic.tenant_id.in_(tenants), Clinic.id.in_(ids)))
-        return {clinic.id: clinic for clinic in rows.scalars()}
+        ids = {message.clinic_id for message in messages if message.clinic_id}
+        visits = {message.about_id for message in messages if message.about["type"] == "Appointment"}
+        clinics = select(Clinic).where(Clinic.tenant_id.in_(tenants), Clinic.id.in_(ids))
+        known = and_(Appointment.tenant_id == VisitType.tenant_id, Appointment.visit_type_id == VisitType.id)
+        kinds = select(VisitType).distinct(VisitType.tenant_id, VisitType.id).join(Appointment, known)
+        kinds = kinds.where(Appointment.tenant_id.in_(tenants), Appointment.id.in_(visits))
+        return (
+            {row.id: row for row in (await db.execute(clinics)).scalars()} if ids else {},
+            {row.id: row for row in (await db.execute(kinds)).scalars()} if visits else {},
+        )
 
     # -- check ---------------------------------------------------------------------------------------------------------
 
@@ -376,7 +390,6 @@ class Sender:
                 return
             now = batch.now()
             verdicts = [(message, decide(message, known[message.id], now)) for message in batch.messages]
-            batch.visit_types = await self._known_visit_types(batch.tenant_id, known)
         stale = await asyncio.gather(
             *(
                 self._deliver(batch, message, verdict, known[message.id].visit, asked, used)
@@ -458,14 +471,6 @@ class Sender:
         metadata = self.runtime.clients.own_metadata(tenant_id)
         return await call(rpc, request, metadata, timeout=self.settings.check_timeout)
 
-    async def _known_visit_types(self, tenant_id: str, known: Mapping[str, Known]) -> dict[str, VisitType]:
-        ids = {each.visit.visit_type_id for each in known.values() if each.visit and each.visit.visit_type_id}
-        if not ids:
-            return {}
-        async with self.runtime.database.reading() as db:
-            query = select(VisitType).where(VisitType.tenant_id == tenant_id, VisitType.id.in_(ids))
-            return {row.id: row for row in (await db.execute(query)).scalars()}
-
     def _later(self, batch: Batch, message: Message, reason: str) -> Wait:
         """Soon again, and the less often the longer it takes."""
         now = batch.now()
@@ -474,32 +479,40 @@ class Sender:
 
     async def _settle(self, batch: Batch, message: Message, verdict: Wait | Drop | Again) -> bool:
         """Write down why it does not leave now; whether that is because the check had become too old."""
-        await self._rule(Ruling(message, batch.token, verdict))
+        await self._rule(Ruling(message, batch, verdict))
         return isinstance(verdict, Again)
 
     async def _apply(self, rulings: Sequence[Ruling]) -> list[int | None]:
         """Numbers of the calls that may begin. None for what stays, and for what is no longer ours or no longer waits:
         a change that was heard meanwhile, or another holder of the lease, has won."""
-        keys = [(each.message.tenant_id, each.message.id, each.lease_token) for each in rulings]
-        async with self.runtime.database.acting(self._actor) as db:
-            now = db.info["act"].now
+        keys = [(each.message.tenant_id, each.message.id, each.batch.token) for each in rulings]
+        now = max(each.batch.now() for each in rulings)
+        async with self.runtime.database.writing() as db:
+            # Neither the clock nor the attempts are asked for again: the check grows older with each step.
+            db.info["act"] = Act(self._actor, now)
             found = await db.execute(
                 select(Message)
                 .where(
                     tuple_(Message.tenant_id, Message.id, Message.lease_token).in_(keys), Message.status.in_(WAITING)
                 )
                 .order_by(Message.id)
+                .options(noload(Message.attempts))
                 .with_for_update(of=Message, key_share=True)
             )
             rows = {row.id: row for row in found.scalars()}
-            return [
-                self._ruled(rows[each.message.id], each.verdict, now) if each.message.id in rows else None
-                for each in rulings
-            ]
+            numbers = [self._ruled(db, rows.get(each.message.id), each.verdict, now) for each in rulings]
+            await db.commit()
+        return numbers
 
-    def _ruled(self, row: Message, verdict: Start | Wait | Drop | Again, now: datetime) -> int | None:
+    def _ruled(
+        self, db: AsyncSession, row: Message | None, verdict: Start | Wait | Drop | Again, now: datetime
+    ) -> int | None:
+        if row is None:
+            return None
         if isinstance(verdict, Start):
-            return row.start(now, now + self._lease, verdict.channel, **verdict.values)
+            attempt = row.start(now, now + self._lease, verdict.channel, **verdict.values)
+            db.add(attempt)
+            return attempt.number
         if isinstance(verdict, Again):
             row.free()
         elif isinstance(verdict, Wait):
@@ -517,8 +530,8 @@ class Sender:
     ) -> bool:
         """Hand it over, or write down why not; whether that is because the check had become too old."""
 
-        def fresh() -> bool:
-            return time.monotonic() - asked <= self.settings.check_age
+        def fresh(share: float = 1.0) -> bool:
+            return time.monotonic() - asked <= self.settings.check_age * share
 
         async with self._slots:
             token = ""
@@ -534,9 +547,9 @@ class Sender:
             rendered = self._text(batch, message, go, visit, token)
             if rendered is None:
                 return await self._settle(batch, message, self._later(batch, message, "clinic-unknown"))
-            if not fresh():
+            if not fresh(_BEGUN_WITHIN):
                 return await self._settle(batch, message, Again())
-            number = await self._rule(Ruling(message, batch.token, self._start(batch, message, go, rendered, token)))
+            number = await self._rule(Ruling(message, batch, self._start(batch, message, go, rendered, token)))
             if number is None:
                 return False
             used[go.channel] += 1
@@ -549,7 +562,7 @@ class Sender:
         request = feedback_pb2.IssueSurveyLinkRequest(
             tenant_id=message.tenant_id,
             invitation_id=message.about_id,
-            request_id=f"{message.id}:{len(message.attempts)}",
+            request_id=f"{message.id}:{message.calls}",
         )
         answer = await self._ask(stub.IssueSurveyLink, request, message.tenant_id)
         return str(answer.token)
@@ -671,7 +684,7 @@ class Sender:
             self.metrics.fenced.inc()
             # Late, but certain: it was taken. Nothing else may follow from a lease that has ended.
             late = outcome.kind == "accepted" and row.status is MessageStatus.UNKNOWN
-            if not late or len(row.attempts) != result.number:
+            if not late or row.calls != result.number:
                 return
         if outcome.kind == "accepted":
             row.complete(now, outcome.provider_message_id)

@@ -31,8 +31,8 @@ class NotificationsSettings(Settings):
     """Batches under way at once: a slow provider holds up one."""
     send_lease: float = 30.0
     """Longer than a call of a provider may take."""
-    check_timeout: float = 0.7
-    check_age: float = 0.9
+    check_timeout: float = 0.8
+    check_age: float = 0.95
     """From before the last check's read is sent to the provider's call; RULES F allows 1 s."""
     service_away_pause: float = 2.0
     tries_at_most: int = Field(default=5, ge=1)

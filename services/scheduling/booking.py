@@ -417,7 +417,8 @@ SELECT k.id IS NOT NULL AS visit_type_known, k.active AS visit_type_active, k.du
 _FIRST = PACKED.format(no="s.no", lane="0")
 _STALE = text(
     "SELECT DISTINCT o.holder_id FROM unnest(:nos, :starts, :ends) AS s(no, first, last)"
-    f" JOIN occupancy o ON o.during && int8range({_FIRST} + s.first, {_FIRST} + s.last)"
+    " CROSS JOIN LATERAL (SELECT * FROM occupancy"
+    f" WHERE during && int8range({_FIRST} + s.first, {_FIRST} + s.last) OFFSET 0) o"
     " WHERE o.tenant_id = :tenant AND o.expire_time <= clock_timestamp()"
 ).bindparams(
     bindparam("tenant", type_=_UUID),

@@ -6,7 +6,7 @@ packed into an int8 (29 bits, 2 bits, 32 bits). Lane 0 is the normal one, 1 to 3
 **Why nothing here deadlocks.** A transaction waits for locks in this order, and never for an earlier kind while it holds
 a later one:
 
-1. appointment rows: its own (one, or those of one patient by id) before anything else; others' only with SKIP LOCKED;
+1. appointment rows: its own one before anything else; others' with SKIP LOCKED or NOWAIT, so never waiting;
 2. `bookable` rows, by number, only by whatever releases *and* takes: `lock`;
 3. `occupancy`, by number: `take` inserts by number, and where it also releases, a number's old row goes right before its
    new one comes; rows of other numbers go last, since deleting waits for nobody.

@@ -38,8 +38,8 @@ async def stop_visits(patient: patients.PatientEvent, event: Event, db: AsyncSes
             Appointment.status.in_([Status.PENDING, Status.BOOKED]),
             Appointment.start_time > now,
         )
-        .order_by(Appointment.id)
-        .with_for_update(of=Appointment, key_share=True)
+        # Whoever has one in hand may wait for somebody who waits for this patient's row: then all is tried again.
+        .with_for_update(of=Appointment, key_share=True, nowait=True)
     )
     visits = list((await db.execute(ahead)).scalars())
     for visit in visits:

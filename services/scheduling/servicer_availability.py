@@ -1,7 +1,6 @@
 """Free slots over gRPC."""
 
 import hashlib
-from itertools import islice
 
 from care.scheduling.v1 import appointments_pb2 as pb
 from care.scheduling.v1.appointments_pb2_grpc import AvailabilityServiceServicer
@@ -39,9 +38,9 @@ class AvailabilityServicer(AvailabilityServiceServicer):
             request.patient_id,
             wishes(request.weekdays, request.earliest, request.latest),
         )
-        free = await free_slots(call.db, search)
         size = min(max(request.page_size or _PAGE, 1), _PAGE_AT_MOST)
-        slots = list(islice((slot for slot in free.slots if after is None or slot > after), size + 1))
+        free = await free_slots(call.db, search, size + 1, after)
+        slots = free.slots
         signer = offer_signer(call)
         expires = free.now + int(call.runtime.settings.offer_lifetime)  # type: ignore[attr-defined]
         answer = pb.SearchAvailabilityResponse()

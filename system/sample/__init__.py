@@ -15,8 +15,6 @@ from system.sample import people
 from system.sample.people import Json
 
 _AT_ONCE = 8
-_DAYS = 14
-_VISITS = ("follow-up", "annual-physical")
 T = TypeVar("T")
 
 
@@ -119,54 +117,53 @@ class _Loading:
         self._patients.sort(key=lambda each: str(each[1]["identifiers"][0]["value"]))
 
     async def appointments(self) -> None:
-        """Two visits for every patient within two weeks, at offers spread over what is free."""
+        """Visits within two weeks: one of each patient, two of every third."""
         kinds = {each["code"]: each["id"] for each in await self.all("scheduler", "/v1/visitTypes", "visitTypes")}
         clinics = list(self._clinics.values())
         booked = await self.all("scheduler", "/v1/appointments", "appointments", clinicIds=clinics)
         have = {(each["patientId"], each["visitTypeId"]) for each in booked}
-        now = datetime.now(UTC).replace(microsecond=0)
 
         async def one(clinic: str) -> None:
-            for number, code in enumerate(_VISITS):
-                whom = [
-                    patient["id"]
-                    for place, patient in self._patients
-                    if place == clinic and (patient["id"], kinds[code]) not in have
-                ]
-                # A window each, so that the second kind's offers are not the first one's places.
-                window = timedelta(days=_DAYS / len(_VISITS))
-                start = now + timedelta(hours=12) + number * window
-                offers = await self._offers(kinds[code], self._clinics[clinic], start, start + window, len(whom))
-                for patient_id, offer in zip(whom, offers, strict=False):
-                    await self.client("scheduler").post(
-                        "/v1/appointments",
-                        {"patientId": patient_id, "offerToken": offer["offerToken"], "source": "STAFF"},
-                    )
+            own = [patient["id"] for place, patient in self._patients if place == clinic]
+            wishes = [("follow-up", patient_id) for patient_id in own]
+            wishes += [("annual-physical", patient_id) for patient_id in own[::3]]
+            day = datetime.now(UTC).replace(hour=5, minute=0, second=0, microsecond=0) + timedelta(days=1)
+            offers: list[Json] = []
+            for code, patient_id in wishes:
+                if (patient_id, kinds[code]) in have:
+                    continue
+                while not offers or offers[0]["visitTypeId"] != kinds[code]:
+                    offers = await self._offers(kinds[code], self._clinics[clinic], day)
+                    day += timedelta(days=1)
+                offer = offers.pop(0)
+                await self.client("scheduler").post(
+                    "/v1/appointments", {"patientId": patient_id, "offerToken": offer["offerToken"], "source": "STAFF"}
+                )
 
         await _each(people.CLINICS, one)
 
-    async def _offers(self, kind: str, clinic: str, start: datetime, end: datetime, wanted: int) -> list[Json]:
-        """As many free slots as wanted, no two at once, spread over the window."""
-        query: Json = {
-            "visitTypeId": kind,
-            "clinicIds": [clinic],
-            "startTime": start.isoformat().replace("+00:00", "Z"),
-            "endTime": end.isoformat().replace("+00:00", "Z"),
-            "pageSize": 200,
-        }
-        free: list[Json] = []
-        while True:
-            page = await self.client("scheduler").post("/v1/availability:search", query)
-            free += page.get("slots", [])
-            if not page.get("nextPageToken") or len(free) > 1000:
-                break
-            query["pageToken"] = page["nextPageToken"]
-        apart: list[Json] = []
-        for slot in sorted(free, key=lambda each: (each["startTime"], each["practitionerId"])):
-            if not apart or slot["startTime"] >= apart[-1]["endTime"]:
-                apart.append(slot)
-        step = max(1, len(apart) // max(1, wanted))
-        return apart[::step][:wanted]
+    async def _offers(self, kind: str, clinic: str, day: datetime) -> list[Json]:
+        """Two free slots of a day, now of its morning, now of its afternoon; none on a day off."""
+        if day > datetime.now(UTC) + timedelta(days=90):
+            raise ServerFailed("the sample's clinics have no free slots")
+        found = await self.client("scheduler").post(
+            "/v1/availability:search",
+            {
+                "visitTypeId": kind,
+                "clinicIds": [clinic],
+                "startTime": _stamp(day),
+                "endTime": _stamp(day + timedelta(days=1)),
+                "earliest": ("08:00", "10:00", "12:30")[day.day % 3],
+                "pageSize": 24,
+            },
+        )
+        slots = found.get("slots", [])
+        later = [slot for slot in slots if slot["startTime"] >= slots[0]["endTime"]]
+        return [*slots[:1], *later[2:3]]
+
+
+def _stamp(instant: datetime) -> str:
+    return instant.isoformat().replace("+00:00", "Z")
 
 
 async def _each(things: Iterable[T], work: Callable[[T], Awaitable[None]]) -> None:

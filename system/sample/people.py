@@ -94,7 +94,7 @@ def patients() -> list[tuple[str, Json]]:
         telecom: list[Json] = [
             {"system": "PHONE", "value": phone, "e164": phone, "use": "MOBILE", "rank": 1, "lineType": "MOBILE"}
         ]
-        if number % 3 != 2:  # some have no e-mail address
+        if number % 2 == 0:  # some have no e-mail address
             telecom.append({"system": "EMAIL", "value": f"patient{number + 1}@mail.example", "use": "HOME", "rank": 1})
         record = {
             "identifiers": [{"system": PATIENT_SYSTEM, "value": f"S{number + 1:04}", "type": "MR"}],

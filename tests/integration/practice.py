@@ -1,6 +1,5 @@
 """A small practice in an otherwise empty system: one clinic that never closes, for tests that book very much."""
 
-import asyncio
 import json
 import tempfile
 from collections.abc import Iterator
@@ -9,10 +8,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import asyncpg
+
+from services.notifications.reactions import SHIPPED
 from system.importing.client import GatewayClient
 from system.importing.load import load_clinics
 from system.importing.report import Report
-from system.issuer import ISSUER, staff_subject
+from system.issuer import ISSUER, TENANT_ID, staff_subject
 from system.run import System, bootstrap
 
 ZONE = "Etc/UTC"
@@ -44,9 +46,14 @@ class Practice:
 
     system: System
     clinic_id: str = ""
-    visit_type_id: str = ""
+    announced: str = ""
+    """Visit type that is confirmed by a message at booking."""
+    quiet: str = ""
+    """Visit type with reminders before the visit only: a message costs ten times as much as a plan."""
     practitioners: list[str] = field(default_factory=list)
     patients: list[str] = field(default_factory=list)
+    reached: set[str] = field(default_factory=set)
+    """Patients with consent to e-mail; their visits are announced."""
     referrals: dict[str, str] = field(default_factory=dict)
     """Patient to an accepted referral."""
 
@@ -70,7 +77,7 @@ class Practice:
         """The body of a direct booking."""
         return {
             "patientId": slot.patient_id,
-            "visitTypeId": self.visit_type_id,
+            "visitTypeId": self.announced if slot.patient_id in self.reached else self.quiet,
             "clinicId": self.clinic_id,
             **slot.wanted,
         }
@@ -95,6 +102,7 @@ async def open_practice(system: System, *, size: int = 24, reached: int = 0, ref
     async with GatewayClient(system.url, practice.token) as coordinator:
         for place in range(size):
             practice.patients.append(await _patient(practice, coordinator, place, place < reached))
+        practice.reached = set(practice.patients[:reached])
         if referred:
             for patient in practice.patients:
                 practice.referrals[patient] = await _referral(practice, coordinator, patient)
@@ -115,12 +123,13 @@ async def _directory(practice: Practice, admin: GatewayClient, size: int) -> Non
         ],
         "visit_types": [
             {
-                "code": "short-visit",
+                "code": code,
                 "name": "Short visit",
                 "duration_minutes": MINUTES,
                 "modality": "IN_PERSON",
                 "start_grid_minutes": MINUTES,
             }
+            for code in ("announced", "quiet")
         ],
         "practitioners": [
             {
@@ -142,10 +151,23 @@ async def _directory(practice: Practice, admin: GatewayClient, size: int) -> Non
         await load_clinics(file, admin, report)
     assert not report.stopped and not report.refused, report
     (clinic,) = await admin.all_of("/v1/clinics", "clinics")
-    (visit_type,) = await admin.all_of("/v1/visitTypes", "visitTypes")
-    practice.clinic_id, practice.visit_type_id = clinic["id"], visit_type["id"]
+    practice.clinic_id = clinic["id"]
+    kinds = {one["code"]: one["id"] for one in await admin.all_of("/v1/visitTypes", "visitTypes")}
+    practice.announced, practice.quiet = kinds["announced"], kinds["quiet"]
     practice.practitioners = [one["id"] for one in await admin.all_of("/v1/practitioners", "practitioners")]
     assert len(practice.practitioners) == size
+    settings = {**SHIPPED, "offsets": [one for one in SHIPPED["offsets"] if one["kind"] != "at_booking"]}
+    connection = await asyncpg.connect(practice.system.database_url("notifications").replace("+asyncpg", ""))
+    try:
+        await connection.execute(
+            "INSERT INTO policy (tenant_id, key, scope, scope_id, version, settings)"
+            " VALUES ($1, 'reminders', 'visit_type', $2, 1, $3)",
+            TENANT_ID,
+            practice.quiet,
+            json.dumps(settings),
+        )
+    finally:
+        await connection.close()
 
 
 async def _patient(practice: Practice, coordinator: GatewayClient, number: int, reached: bool) -> str:
@@ -180,33 +202,3 @@ async def _referral(practice: Practice, coordinator: GatewayClient, patient_id: 
     await coordinator.post(f"/v1/referrals/{referral['id']}:submit", {})
     await coordinator.post(f"/v1/referrals/{referral['id']}:accept", {})
     return str(referral["id"])
-
-
-async def metric(system: System, instance: str, name: str, **labels: str) -> float | None:
-    """The value of a metric's first sample with these labels at an instance's `/metrics`, None where there is none."""
-    for sample, value in (await samples(system, instance)).items():
-        if sample.partition("{")[0] == name and all(f'{key}="{wanted}"' in sample for key, wanted in labels.items()):
-            return value
-    return None
-
-
-async def samples(system: System, instance: str) -> dict[str, float]:
-    """All samples of an instance's `/metrics` by their names with labels."""
-    text = await _get(system.plan.instances[instance].metrics_port, "/metrics")
-    found = {}
-    for line in text.splitlines():
-        if line and not line.startswith("#"):
-            name, _, value = line.partition(" # ")[0].rpartition(" ")
-            found[name] = float(value)
-    return found
-
-
-async def _get(port: int, path: str) -> str:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        assert head.split(b" ")[1] == b"200", head
-        return body.decode()
-    finally:
-        writer.close()

@@ -1,5 +1,6 @@
 """A small service over some of the contract's RPCs, for the tests of everything that services get from the chassis."""
 
+import asyncio
 import contextlib
 import enum
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from chassis.errors import AlreadyExists, NotFound, Unavailable
 from chassis.ids import new_id
 from chassis.lifecycle import Lifecycle
 from chassis.model import Aggregate, Id, Ids, Living, about_subject, base, status_type
+from chassis.reading import Reading
 from chassis.service import Server, Service
 from chassis.testing.harness import Harness
 from chassis.timers import Loop
@@ -183,7 +185,7 @@ class Small:
 
     async def open(self, **settings: Any) -> "Small":
         """Start it; ada may do everything at `clinic`."""
-        await self.harness.start(self.service, **{"lock_timeout": 1.0, **settings})
+        await self.harness.start(self.service, **settings)
         if not self.service.owns_access:
             self.server.access._owner = self.owner
         self.ada = await self.harness.staff("ada", ALL, clinics=[self.clinic])
@@ -234,19 +236,31 @@ class Small:
 
     @contextlib.contextmanager
     def statements(self) -> Iterator[list[str]]:
-        """What was sent to the database meanwhile: BEGIN, COMMIT, ROLLBACK, and the first words of statements."""
+        """What calls sent to the database meanwhile: BEGIN, COMMIT, ROLLBACK, and the first words of statements."""
         seen: list[str] = []
         engine = self.server.database.engine.sync_engine
 
+        def note(statement: str) -> None:
+            task = asyncio.current_task()
+            # Not the service's own work: relay, sealer, loops. The name is grpc's own for what serves a call.
+            if task is not None and task.get_name().startswith("HandleExceptions"):
+                seen.append(" ".join(statement.split())[:60])
+
         def ran(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-            seen.append(" ".join(statement.split())[:60])
+            note(statement)
 
         def noted(word: str) -> Callable[..., None]:
-            def note(connection: Any, *_: Any) -> None:
+            def listener(connection: Any, *_: Any) -> None:
                 if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
-                    seen.append(word)
+                    note(word)
 
-            return note
+            return listener
+
+        fetch = Reading.fetch
+
+        async def fetched(reading: Reading, sql: str, arguments: Sequence[Any]) -> list[Any]:
+            note(sql)
+            return await fetch(reading, sql, arguments)
 
         listeners: list[tuple[str, Any]] = [
             ("before_cursor_execute", ran),
@@ -256,9 +270,11 @@ class Small:
         ]
         for name, function in listeners:
             event.listen(engine, name, function)
+        Reading.fetch = fetched
         try:
             yield seen
         finally:
+            Reading.fetch = fetch
             for name, function in listeners:
                 event.remove(engine, name, function)
 

@@ -94,6 +94,7 @@ def upgrade() -> None:
         sa.Column("next_time", sa.DateTime(timezone=True), nullable=False),
         sa.Column("sent_time", sa.DateTime(timezone=True), nullable=True),
         sa.Column("spent", postgresql.ARRAY(sa.Text()), nullable=False),
+        sa.Column("calls", sa.Integer(), nullable=False),
         sa.Column("tries", sa.Integer(), nullable=False),
         sa.Column("language", sa.Text(), nullable=False),
         sa.Column("wished_language", sa.Text(), nullable=False),

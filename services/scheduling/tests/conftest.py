@@ -19,7 +19,7 @@ class Nobody:
 async def desk(database):
     bus_url = await database("bus")
     harness = Harness(database, PostgresBus(bus_url))
-    await harness.start(SERVICE, no_show_grace=60.0, principal_cache=60.0)
+    await harness.start(SERVICE, no_show_grace=60.0, principal_cache=60.0, max_connection_age=3600.0)
     harness.servers["scheduling"].access._owner = Nobody()
     yield await Desk(harness, bus_url).open()
     await harness.stop()

@@ -116,9 +116,7 @@ class Desk:
 
     async def search(self, visit_type="", subject="cora", **more):
         request = pb.SearchAvailabilityRequest(visit_type_id=visit_type or self.visit, **more)
-        return await self.harness.call(
-            "scheduling", AvailabilityServiceStub, "SearchAvailability", request, subject
-        )
+        return await self.harness.call("scheduling", AvailabilityServiceStub, "SearchAvailability", request, subject)
 
     async def book(self, patient, start, practitioner="", subject="cora", **more):
         """A direct booking."""
@@ -168,7 +166,8 @@ class Desk:
         try:
             for _ in range(100):
                 rows = await connection.fetch(
-                    """SELECT value FROM log WHERE key = $1 ORDER BY "offset" """, getattr(appointment, "id", appointment)
+                    """SELECT value FROM log WHERE key = $1 ORDER BY "offset" """,
+                    getattr(appointment, "id", appointment),
                 )
                 if len(rows) >= count:
                     break

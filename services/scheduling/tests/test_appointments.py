@@ -563,4 +563,9 @@ async def test_services_read_all_of_their_tenant_and_no_other(desk):
 
 def test_shipped_limits():
     shipped = SchedulingSettings(signing_secret="x")
-    assert (shipped.hold_default, shipped.offer_lifetime, shipped.no_show_grace, shipped.walk_in) == (300, 900, 900, 900)
+    assert (shipped.hold_default, shipped.offer_lifetime, shipped.no_show_grace, shipped.walk_in) == (
+        300,
+        900,
+        900,
+        900,
+    )

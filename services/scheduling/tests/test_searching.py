@@ -162,7 +162,9 @@ async def test_pages_go_on_where_they_ended_though_others_book_meanwhile(desk, o
 
 
 async def test_every_offer_of_a_page_can_be_taken_until_its_time_is(desk):
-    visit = await desk.a_visit_type("offered", 45, buffer_before_minutes=5, buffer_after_minutes=10, start_grid_minutes=20)
+    visit = await desk.a_visit_type(
+        "offered", 45, buffer_before_minutes=5, buffer_after_minutes=10, start_grid_minutes=20
+    )
     doctor = await desk.a_practitioner("Offa", OFFICE)
     begin = day(2031, 11, 3)
     window = {"start_time": begin, "end_time": begin + timedelta(days=1), "practitioner_ids": [doctor]}
