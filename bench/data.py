@@ -216,16 +216,16 @@ class Data:
 
     def _visits(self) -> Iterator[tuple[int, int, int, int, str]]:
         """(number, patient, number of the practitioner, start, status)."""
-        last = self.visits - 1
         for patient in range(self.patients):
             for visit in range(self.visits):
                 _, practitioner, start = self.visit(patient, visit)
                 number = patient * self.visits + visit
-                if visit == last:
-                    status = "BOOKED"
-                else:
-                    status = "CANCELLED" if number % 12 == 5 else "NOSHOW" if number % 20 == 7 else "FULFILLED"
-                yield number, patient, practitioner, start, status
+                yield number, patient, practitioner, start, self._status(number, visit)
+
+    def _status(self, number: int, visit: int) -> str:
+        if visit == self.visits - 1:
+            return "BOOKED"
+        return "CANCELLED" if number % 12 == 5 else "NOSHOW" if number % 20 == 7 else "FULFILLED"
 
     def _scheduling(self, tables: Mapping[str, Table]) -> Any:
         everyone = self.directory.practitioners
@@ -261,12 +261,24 @@ class Data:
                 )
 
         def occupancy() -> Iterator[Sequence[str]]:
-            for number, n, practitioner, start, status in self._visits():
-                if status != "CANCELLED":
-                    holder = uid(APPOINTMENT, number)
-                    for no in (practitioner + 1, len(everyone) + 1 + n):
-                        begin = (no << 34) + start
-                        yield holder, str(no), f"[{begin},{begin + MINUTES * 60})"
+            # By resource and time: the constraint's index is built many times faster from rows in its own order.
+            per_clinic = -(-self.patients // self._clinics)
+            for practitioner in range(len(everyone)):
+                clinic, place = divmod(practitioner, PRACTITIONERS_PER_CLINIC)
+                for line in range(place, self.visits * per_clinic, PRACTITIONERS_PER_CLINIC):
+                    visit, within = divmod(line, per_clinic)
+                    patient = within * self._clinics + clinic
+                    if patient < self.patients:
+                        yield from taken(patient, visit, practitioner + 1)
+            for patient in range(self.patients):
+                for visit in range(self.visits):
+                    yield from taken(patient, visit, len(everyone) + 1 + patient)
+
+        def taken(patient: int, visit: int, no: int) -> Iterator[Sequence[str]]:
+            number = patient * self.visits + visit
+            if self._status(number, visit) != "CANCELLED":
+                begin = (no << 34) + self.visit(patient, visit)[2]
+                yield uid(APPOINTMENT, number), str(no), f"[{begin},{begin + MINUTES * 60})"
 
         return [
             (self._rows(tables["bookable"], "ref_id no kind"), bookable()),

@@ -272,7 +272,7 @@ async def lag(world: World, *, seconds: float, rate: float = 100.0) -> Figure:
     booked = await _commits(
         world,
         "scheduling",
-        "SELECT id, pg_xact_commit_timestamp(xmin) AS time\" \"FROM appointment WHERE id = ANY($1)",
+        'SELECT id, pg_xact_commit_timestamp(xmin) AS time" "FROM appointment WHERE id = ANY($1)',
         ids,
     )
     told = await _commits(

@@ -77,6 +77,8 @@ class Method:
         self.has_request_id = "request_id" in descriptor.input_type.fields_by_name
         self.has_source = "source" in descriptor.input_type.fields_by_name
         self.has_tenant = "tenant_id" in descriptor.input_type.fields_by_name
+        # An answer that is a right by itself is not kept for replays: asking again makes a new one.
+        self.answers_secret = "token" in descriptor.output_type.fields_by_name
         self.run = run
 
 
@@ -284,7 +286,7 @@ def _key(call: Call) -> dict[str, str]:
         "tenant": call.tenant_id or _NO_TENANT,
         "actor": actor,
         "method": call.method.name,
-        "request_id": getattr(call.request, "request_id", "") or new_id(),
+        "request_id": ("" if call.method.answers_secret else getattr(call.request, "request_id", "")) or new_id(),
     }
 
 
@@ -318,7 +320,11 @@ async def deduplicate(exchange: Exchange, proceed: Proceed) -> Message:
     await runtime.database.finish(
         db,
         entry(exchange, "OK"),
-        {**key, "response": answer.SerializeToString(), "subjects": list(call.subject_ids)},
+        {
+            **key,
+            "response": b"" if method.answers_secret else answer.SerializeToString(),
+            "subjects": list(call.subject_ids),
+        },
     )
     # The twin that waits must find the claim: it gets its turn only after the commit.
     await db.commit()

@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     audit_checkpoint_file: Path | None = None
 
     drain_timeout: float = 8.0
-    heartbeat_interval: float = 5.0
+    heartbeat_interval: float = 10.0
     access_stale_patient: float = 30.0
     access_stale_staff: float = 900.0
     idempotency_hours: int = 48

@@ -37,7 +37,8 @@ _REFUSALS: Final = frozenset(
     (StatusCode.NOT_FOUND, StatusCode.PERMISSION_DENIED, StatusCode.INVALID_ARGUMENT, StatusCode.UNAUTHENTICATED)
 )
 _STATUS = appointments_pb2.Appointment
-_UPCOMING: Final = (_STATUS.PENDING, _STATUS.BOOKED, _STATUS.ARRIVED, _STATUS.CHECKED_IN)
+# A visit may begin, and be over, before its time.
+_UPCOMING: Final = (_STATUS.PENDING, _STATUS.BOOKED, _STATUS.ARRIVED, _STATUS.CHECKED_IN, _STATUS.FULFILLED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,7 +231,7 @@ def test_the_shipped_limits_are_these() -> None:
         "statement_timeout": 10.0,
         "lock_timeout": 2.0,
         "drain_timeout": 8.0,
-        "heartbeat_interval": 5.0,
+        "heartbeat_interval": 10.0,
         "access_stale_patient": 30.0,
         "access_stale_staff": 900.0,
         "idempotency_hours": 48,

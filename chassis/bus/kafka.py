@@ -486,8 +486,9 @@ class KafkaReader:
                 auto_offset_reset="earliest",
                 session_timeout_ms=int(self._bus.session * 1000),
                 heartbeat_interval_ms=int(self._bus.session * 1000 / 5),
-                # A partition that was resumed joins the next fetch only: the long poll bounds how long that takes.
-                fetch_max_wait_ms=100,
+                # A partition that was resumed joins the next fetch only: the long poll bounds how long that takes. An
+                # idle one of 100 ms cost each service 3 % of a core.
+                fetch_max_wait_ms=500,
                 # What was fetched ahead is thrown away when its partition is paused: about one queue of ours at a time.
                 max_partition_fetch_bytes=131_072,
             )

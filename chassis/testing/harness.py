@@ -1,5 +1,6 @@
 """Services at work in a test: real PostgreSQL, the embedded bus, real gRPC over a socket, tokens of a test issuer."""
 
+import asyncio
 import json
 import tempfile
 import time
@@ -112,8 +113,7 @@ class Harness:
         """Stop everything that was started."""
         for channel in self._channels.values():
             await channel.close()
-        for server in self.servers.values():
-            await server.stop()
+        await asyncio.gather(*(server.stop() for server in self.servers.values()))
         if self.bus is not None:
             await self.bus.stop()
 

@@ -103,9 +103,8 @@ class Load:
         return found
 
 
-async def _statuses(address: str) -> list[str]:
-    """What a service says of itself until it is gone, without repetitions."""
-    seen: list[str] = []
+async def _watch(address: str, seen: list[str]) -> None:
+    """Keep what a service says of itself until it is gone, without repetitions."""
     async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         while True:
@@ -117,7 +116,7 @@ async def _statuses(address: str) -> list[str]:
             if not seen or seen[-1] != status:
                 seen.append(status)
             if status == "GONE":
-                return seen
+                return
             await asyncio.sleep(0.01)
 
 
@@ -127,11 +126,15 @@ async def test_no_request_fails_while_replicas_are_restarted_one_after_the_other
         await asyncio.sleep(1)
         for replica in ("scheduling", "scheduling-2"):
             instance = system.plan.instances[replica]
-            watching = asyncio.create_task(_statuses(f"127.0.0.1:{instance.health_port}"))
+            seen: list[str] = []
+            watching = asyncio.create_task(_watch(f"127.0.0.1:{instance.health_port}", seen))
+            while not seen:
+                await asyncio.sleep(0.01)
             began = time.monotonic()
             await system.stop_service(replica)
             assert time.monotonic() - began < POLITELY
-            assert await watching == ["SERVING", "NOT_SERVING", "GONE"]
+            await watching
+            assert seen == ["SERVING", "NOT_SERVING", "GONE"]
             await system.start_service(replica)
             await asyncio.sleep(3)  # until the gateway has found it again
     assert load.answers.keys() == {200}, load.answers
