@@ -77,14 +77,14 @@ def _setter(field: FieldDescriptor) -> _SETTER:
     name = field.name
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         value_field = field.message_type.fields_by_name["value"]
-        if value_field.message_type is not None:  # pragma: no cover - no such map in the contract
+        if value_field.message_type is not None:
             raise TypeError(f"{field.full_name}: maps of messages are not in use")
         return lambda built, value: getattr(built, name).update(value)
     if field.is_repeated:
         if field.message_type is None:
             convert = _scalar(field)
             return lambda built, value: getattr(built, name).extend([convert(one) for one in value])
-        if field.message_type.full_name == _TIMESTAMP:  # pragma: no cover - no such list in the contract
+        if field.message_type.full_name == _TIMESTAMP:
             raise TypeError(f"{field.full_name}: lists of times are not in use")
 
         def add(built: Message, value: Iterable[Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from joserfc.jwk import KeySet, OKPKey
 
-SERVICES = ("patients", "scheduling", "referrals", "notifications", "feedback")
+SERVICES = ("patients", "scheduling", "referrals", "notifications", "feedback", "gateway")
 
 
 def main(folder: Path) -> None:

@@ -78,9 +78,7 @@ capabilities: {drop: [ALL]}
 {{- end }}
 - {name: CARE_ISSUERS, value: {{ $issuers | toJson | quote }}}
 - {name: CARE_SERVICE_KEYS_FILE, value: /etc/care/keys/services.jwks}
-{{- if eq $service.kind "grpc" }}
 - {name: CARE_SERVICE_KEY_FILE, value: /etc/care/keys/service.jwk}
-{{- end }}
 {{ include "care.fromSecret" (dict "name" "CARE_SIGNING_SECRET" "secret" $root.Values.signing.existingSecret "key" "signing-secret") }}
 - {name: CARE_LINK_BASE_URL, value: {{ required "publicUrl is required" $root.Values.publicUrl | quote }}}
 {{- with $root.Values.telemetry.otlpEndpoint }}

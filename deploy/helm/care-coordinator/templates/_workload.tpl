@@ -98,11 +98,9 @@ spec:
         defaultMode: 288
         sources:
           - secret: {name: {{ .root.Values.serviceKeys.existingSecret }}, items: [{key: services.jwks, path: services.jwks}]}
-          {{- if eq .service.kind "grpc" }}
           - secret:
               name: {{ .root.Values.serviceKeys.existingSecretPrefix }}{{ .name }}
               items: [{key: service.jwk, path: service.jwk}]
-          {{- end }}
     {{- if $kafkaFiles }}
     - name: kafka-tls
       secret: {secretName: {{ .root.Values.kafka.tls.existingSecret }}, defaultMode: 288}
