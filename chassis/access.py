@@ -167,6 +167,10 @@ class Access:
             return known[1]
         stored = await self._stored_principal(key)
         if (stored is None or self._must_confirm(stored["kind"])) and self._owner is not None:
+            # Anybody can get a token of an open issuer: who has no login here must not become an amplifier.
+            asked_for = "login " + " ".join(key)
+            if stored is None and self._is_spent(asked_for):
+                raise _unknown_login()
             try:
                 answer = await self._owner.principal(*key)
             except Problem as error:
@@ -178,11 +182,13 @@ class Access:
                 if answer.HasField("principal"):
                     await free_login(connection, self.tables, answer.principal)
                     await store_principal(connection, self.tables, answer.principal)
+                else:
+                    self._times(asked_for).append(self._clock())
                 for role in answer.roles:
                     await store_role(connection, self.tables, role)
             stored = await self._stored_principal(key) if answer.HasField("principal") else None
         if stored is None:
-            raise Unauthenticated("LOGIN_UNKNOWN", "This login is not known here; ask an administrator to add it.")
+            raise _unknown_login()
         if not stored["active"]:
             raise Unauthenticated("LOGIN_INACTIVE", "This login is switched off.")
         caller = Caller(
@@ -254,17 +260,23 @@ class Access:
         """Whether a deny may ask the owner: 20 in 10 s always, beyond that one in 2 s, so that random ids don't amplify."""
         if self._owner is None or self.is_owner:
             return False
-        now = self._clock()
-        times = self._denies.setdefault(caller.actor, deque(maxlen=_DENIES_FREE + 1))
-        self._denies.move_to_end(caller.actor)
+        if self._is_spent(caller.actor):
+            return False
+        self._times(caller.actor).append(self._clock())
+        return True
+
+    def _is_spent(self, who: str) -> bool:
+        times = self._times(who)
+        return len(times) >= _DENIES_FREE and self._clock() - times[-1] < _DENIES_PAUSE
+
+    def _times(self, who: str) -> deque[float]:
+        times = self._denies.setdefault(who, deque(maxlen=_DENIES_FREE + 1))
+        self._denies.move_to_end(who)
         while len(self._denies) > _CALLERS_AT_MOST:
             self._denies.popitem(last=False)
-        while times and now - times[0] > _DENIES_WINDOW:
+        while times and self._clock() - times[0] > _DENIES_WINDOW:
             times.popleft()
-        if len(times) >= _DENIES_FREE and now - times[-1] < _DENIES_PAUSE:
-            return False
-        times.append(now)
-        return True
+        return times
 
     def granted(self, caller: Caller, asked: int) -> None:
         """The last `asked` questions were no denies: they don't count."""
@@ -286,6 +298,10 @@ class Access:
             async with self._engine.connect() as connection:
                 for subject in found:
                     await store_subject(connection, self.tables, subject)
+
+
+def _unknown_login() -> Unauthenticated:
+    return Unauthenticated("LOGIN_UNKNOWN", "This login is not known here; ask an administrator to add it.")
 
 
 _Executes = AsyncConnection | AsyncSession

@@ -190,7 +190,8 @@ class Consumer:
                 kind = type(error).__name__
                 if kind != trouble:
                     trouble = kind
-                    self._log.warning("events can't be read, trying again", group=self.group, error=kind)
+                    unexpected = {} if isinstance(error, BusUnavailable) else {"exc_info": error}
+                    self._log.warning("events can't be read, trying again", group=self.group, error=kind, **unexpected)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), pause)
                 pause = min(pause * 2, 2.0)
@@ -249,7 +250,8 @@ class Consumer:
             except Exception as error:  # no figure rather than a false one
                 if type(error).__name__ != trouble:
                     trouble = type(error).__name__
-                    self._log.warning("lag not measured", group=self.group, error=trouble)
+                    unexpected = {} if isinstance(error, BusUnavailable) else {"exc_info": error}
+                    self._log.warning("lag not measured", group=self.group, error=trouble, **unexpected)
             await asyncio.sleep(_LAG_EVERY)
 
     # -- one event -----------------------------------------------------------------------------------------------------

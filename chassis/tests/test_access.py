@@ -357,6 +357,13 @@ async def test_denies_ask_the_owner_twenty_times_and_then_once_in_two_seconds(de
         watched._heard_at = clock()
 
 
+async def test_an_unknown_login_asks_the_owner_no_more_often_than_a_deny(desk: Small) -> None:
+    stranger, asked = f"stranger {new_id()}", len(desk.owner.asked)
+    for _ in range(25):
+        assert await outcome(desk.rpc("ListPools", stranger)) == "LOGIN_UNKNOWN"
+    assert 20 <= len(desk.owner.asked) - asked <= 21
+
+
 async def test_what_turns_out_to_be_allowed_uses_no_budget_up(desk: Small) -> None:
     for _ in range(30):
         patient = new_id()

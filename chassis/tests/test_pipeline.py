@@ -642,6 +642,10 @@ async def test_each_item_of_a_batch_is_its_own_callers(small: Small) -> None:
     ]  # fmt: skip
     assert tasks_pb2.Task.FromString(results[0].response).id == task.id
     assert status_pb2.Status.FromString(results[1].status).code == 5
+    rows = await small.sql(
+        "SELECT outcome FROM audit WHERE method = 'care.patients.v1.TasksService/GetTask' ORDER BY id DESC LIMIT 4"
+    )
+    assert sorted(row.outcome for row in rows) == ["INVALID_ARGUMENT", "NOT_FOUND", "OK", "OK"]
     ((status,),) = await small.sql("SELECT status FROM task WHERE id = :id", id=task.id)
     assert status == "READY"
 
