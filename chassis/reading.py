@@ -126,7 +126,7 @@ class _Statement(NamedTuple):
         return found
 
     def row(self, record: Any) -> Any:
-        row = self.view.__new__(self.view)
+        row = self.view.__new__(self.view)  # type: ignore[call-overload]
         values = row.__dict__
         values.update(zip(self.names, record.values(), strict=True))
         for name, convert in self.converters:
@@ -229,7 +229,8 @@ class Statements:
             known = self._texts[name] = (str(compiled), self._slots(compiled, {}))
         sql, slots = known
         return await reading.fetch(
-            sql, [named[source] if process is None else process(named[source]) for source, process in slots]
+            sql,
+            [named[source] if process is None else process(named[source]) for source, process in slots],  # type: ignore[index]
         )
 
     # -- once per shape ------------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ class Statements:
         if limited:
             query = query.limit(bindparam("care_limit", type_=Integer))
         compiled = query.compile(dialect=self._dialect)
-        names, converters = self._columns(mapper, [entry.keyname for entry in compiled._result_columns])  # type: ignore[attr-defined]
+        names, converters = self._columns(mapper, [entry.keyname for entry in compiled._result_columns])  # type: ignore[attr-defined,assignment]
         return _Statement(
             str(compiled), self._slots(compiled, places), names, converters, self._view(model), self._children(mapper)
         )
@@ -367,7 +368,7 @@ def _read(clause: Any, mapper: Mapper[Any], keys: list[Any], values: list[Any]) 
             listed = _LISTED.get(operator)
             if listed is not None and right.expanding:
                 keys += (listed, clause.left.key)
-                values.append(list(right.value))  # type: ignore[call-overload]
+                values.append(list(right.value))  # type: ignore[arg-type]
                 return
             if operator in _SIMPLE and not right.expanding:
                 keys += (operator, clause.left.key)
