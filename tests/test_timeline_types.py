@@ -4,8 +4,7 @@ import importlib
 
 import pytest
 
-from services.patients.reactions import reactions
-from services.patients.timeline import SOURCES
+from services.patients.reactions import SOURCES, reactions
 
 LEFT_OUT = {"appointment.held", "appointment.released"}
 """Holds are no promise yet."""
