@@ -98,7 +98,7 @@ class Sealer:
     async def _run(self) -> None:
         while True:
             try:
-                while await self._waits() and await self._lease.hold() and await self.seal() == _BATCH:
+                while await self._lease.hold() and await self._waits() and await self.seal() == _BATCH:
                     pass
             except Exception as error:
                 self._log.warning("audit not sealed, trying again", error=type(error).__name__)

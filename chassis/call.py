@@ -251,7 +251,7 @@ class Call:
                 found = await self.runtime.database.statements.records(
                     self._reading, f"seen {system}", base, {**self._named(), "patients": patient_ids}
                 )
-                return {str(one["patient_id"]) for one in found}
+                return {str(one[0]) for one in found}
         query = select(table.c.patient_id).where(
             table.c.tenant_id == self.tenant_id, table.c.patient_id.in_(patient_ids)
         )

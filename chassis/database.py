@@ -20,7 +20,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from chassis.errors import Aborted
 from chassis.ids import new_id
 from chassis.model import Act, Told, listen
-from chassis.reading import Connections, Reading, Statements, Unfit
+from chassis.reading import Connections, Loader, Reading, Statements, Unfit
 from chassis.settings import Settings
 from chassis.telemetry import Telemetry, current_traceparent
 from chassis.wire import to_proto
@@ -88,9 +88,9 @@ class Database:
         self._twins: dict[tuple[str, ...], _Twins] = {}
         self._twin_patience = settings.lock_timeout
         self.deadlocks = Counter("care_deadlocks", "Deadlocks: each is a defect.", registry=telemetry.registry)
-        self._connections = Connections(_connect(settings, self.engine, telemetry.service))
+        self._loader = Loader(Connections(_connect(settings, self.engine, telemetry.service)), settings.pool_size)
         self.statements = Statements(self.engine)
-        self.audit = AuditLog(self._autocommit, self._connections, telemetry)
+        self.audit = AuditLog(self._autocommit, self._loader, telemetry)
 
         class ServiceSession(Session):
             """Sessions of this service alone: listeners of one must not hear another's."""
@@ -101,13 +101,16 @@ class Database:
         self.sessions: async_sessionmaker[AsyncSession] = async_sessionmaker(
             self.engine, sync_session_class=ServiceSession, expire_on_commit=False
         )
+        self._placed: async_sessionmaker[_Placed] = async_sessionmaker(
+            self._autocommit, class_=_Placed, sync_session_class=ServiceSession, expire_on_commit=False
+        )
         self._readers: async_sessionmaker[AsyncSession] = async_sessionmaker(
             self._autocommit, sync_session_class=ServiceSession, expire_on_commit=False
         )
 
     def share(self, **info: Any) -> None:
         """Put things into every session's `info`: reactions find the runtime there."""
-        for maker in (self.sessions, self._readers):
+        for maker in (self.sessions, self._readers, self._placed):
             maker.configure(info=info)
 
     @contextlib.asynccontextmanager
@@ -133,13 +136,17 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def hot_reading(self) -> AsyncIterator[Reading]:
-        """As `reading`, with the short way for whoever knows it."""
-        async with self._place():
-            reading = Reading(self._connections, self._readers)
-            try:
-                yield reading
-            finally:
-                await reading.close()
+        """As `reading`, with the short way for whoever knows it; a place is taken only for the session."""
+        reading = Reading(self._loader, self._placed_session)
+        try:
+            yield reading
+        finally:
+            await reading.close()
+
+    def _placed_session(self) -> AsyncSession:
+        session = self._placed()
+        session.place = self._place()
+        return session
 
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
@@ -244,16 +251,49 @@ class Database:
     async def stop(self) -> None:
         """Write what is buffered, close the pool."""
         await self.audit.stop()
-        await self._connections.close()
+        await self._loader.close()
         await self.engine.dispose()
+
+
+class _Placed(AsyncSession):
+    """A session that takes its place at the database with its first statement, and gives it back when it is closed."""
+
+    place: contextlib.AbstractAsyncContextManager[None] | None = None
+    _waiting: contextlib.AbstractAsyncContextManager[None] | None = None
+
+    async def _enter(self) -> None:
+        if self.place is not None:
+            place, self.place = self.place, None
+            await place.__aenter__()
+            self._waiting = place
+
+    async def execute(self, *arguments: Any, **more: Any) -> Any:
+        await self._enter()
+        return await super().execute(*arguments, **more)
+
+    async def scalar(self, *arguments: Any, **more: Any) -> Any:
+        await self._enter()
+        return await super().scalar(*arguments, **more)
+
+    async def scalars(self, *arguments: Any, **more: Any) -> Any:
+        await self._enter()
+        return await super().scalars(*arguments, **more)
+
+    async def close(self) -> None:
+        try:
+            await super().close()
+        finally:
+            if self._waiting is not None:
+                place, self._waiting = self._waiting, None
+                await place.__aexit__(None, None, None)
 
 
 class AuditLog:
     """One row per call. Writes put theirs into their own transaction; lists within half a second."""
 
-    def __init__(self, engine: AsyncEngine, connections: Connections, telemetry: Telemetry) -> None:
+    def __init__(self, engine: AsyncEngine, loader: Loader, telemetry: Telemetry) -> None:
         self._engine = engine
-        self._connections = connections
+        self._loader = loader
         self._log = telemetry.log
         self._buffer: list[dict[str, Any]] = []
         self._refusals: list[dict[str, Any]] = []
@@ -265,21 +305,17 @@ class AuditLog:
         if not at_once and len(self._buffer) < _AUDIT_BUFFER_AT_MOST:
             self.later(entry)
         elif isinstance(db, Reading):
-            await self.write([entry], db)
+            await self.write([entry])
         else:
             await db.execute(_AUDIT, entry)
 
-    async def write(self, rows: Sequence[Mapping[str, Any]], reading: Reading | None = None) -> None:
+    async def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows in one statement; one that is there already is left as it is."""
-        own = reading or Reading(self._connections, _no_session)
         try:
-            await own.fetch(_AUDIT_MANY, _columns(rows))
+            await self._loader.execute(_AUDIT_MANY, _columns(rows))
         except Unfit:  # the long way tells what is wrong
             async with self._engine.connect() as connection:
                 await connection.execute(_AUDIT_ONCE, [dict(row) for row in rows])
-        finally:
-            if reading is None:
-                await own.close()
 
     def later(self, entry: dict[str, Any]) -> None:
         """Note it within half a second."""
@@ -375,10 +411,6 @@ def _connect(settings: Settings, engine: AsyncEngine, application: str) -> Calla
     for name in ("prepared_statement_cache_size", "prepared_statement_name_func", "async_fallback"):
         arguments.pop(name, None)  # SQLAlchemy's own
     return lambda: asyncpg.connect(**arguments)
-
-
-def _no_session() -> AsyncSession:
-    raise AssertionError("only statements are run here")
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:

@@ -5,12 +5,13 @@ know how to do raises `Unfit`, and the caller goes the long way.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import Context
 from enum import Enum as PythonEnum
 from typing import Any, NamedTuple
 
-import asyncpg
 import orjson
 from sqlalchemy import ARRAY, ColumnElement, Integer, Select, Uuid, all_, any_, bindparam, select
 from sqlalchemy import Enum as EnumType
@@ -27,7 +28,12 @@ _SIMPLE = frozenset((operators.eq, operators.ne, operators.lt, operators.le, ope
 _LISTED: Mapping[Any, str] = {operators.in_op: "in", operators.not_in_op: "not in"}
 _NOT_OURS = ("_sa_", "__")
 
+_TOGETHER = (16, 8, 4, 2, 1)
+_PARAMETER = re.compile(r"\$(\d+)")
+
 Process = Callable[[Any], Any]
+Values = Sequence[Any]
+"""A row, in the order of the statement's columns."""
 
 
 class Unfit(Exception):
@@ -69,14 +75,113 @@ class Connections:
         await asyncio.gather(*(connection.close(timeout=2) for _, connection in free), return_exceptions=True)
 
 
+class Loader:
+    """Runs reads on the driver's connections; those of one shape that are asked for together go in one statement.
+
+    Each stands by itself in it, with its own caller's parameters. A read that comes alone leaves in the same turn of the loop.
+    """
+
+    def __init__(self, connections: Connections, at_once: int) -> None:
+        self._connections = connections
+        self._room = asyncio.Semaphore(at_once)
+        self._lines: dict[str, list[_Asked]] = {}
+        self._many: dict[tuple[str, int], str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def fetch(self, sql: str, arguments: Sequence[Any]) -> list[Values]:
+        """Rows of a statement. Raises Unfit where it fails, whatever the reason: the long way will tell."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[list[Values]] = loop.create_future()
+        line = self._lines.get(sql)
+        if line is None:
+            line = self._lines[sql] = []
+            loop.call_soon(self._send, sql)
+        line.append(_Asked(arguments, answer))
+        return await answer
+
+    async def execute(self, sql: str, arguments: Sequence[Any]) -> None:
+        """Run a statement by itself. Raises Unfit where it fails."""
+        try:
+            await self._fetch(sql, [_Asked(arguments, None)])
+        except Exception as error:
+            raise Unfit from error
+
+    def _send(self, sql: str) -> None:
+        line = self._lines.pop(sql)
+        for size in _TOGETHER:
+            while len(line) >= size:
+                together, line = line[:size], line[size:]
+                # A context of its own: whose request it was is nobody's business in here.
+                task = asyncio.get_running_loop().create_task(self._run(sql, together), context=Context())
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, sql: str, together: Sequence["_Asked"]) -> None:
+        try:
+            records = await self._fetch(sql, together)
+        except Exception as error:
+            for one in together:
+                if one.answer is not None and not one.answer.done():
+                    unfit = Unfit()
+                    unfit.__cause__ = error
+                    one.answer.set_exception(unfit)
+            return
+        if len(together) == 1:
+            answers = [[tuple(record) for record in records]]
+        else:
+            answers = [[] for _ in together]
+            for record in records:
+                place, *values = record
+                answers[place].append(values)
+        for one, answer in zip(together, answers, strict=True):
+            if one.answer is not None and not one.answer.done():
+                one.answer.set_result(answer)
+
+    async def _fetch(self, sql: str, together: Sequence["_Asked"]) -> Sequence[Any]:
+        arguments = [argument for one in together for argument in one.arguments]
+        if len(together) > 1:
+            sql = self._joined(sql, len(together), len(together[0].arguments))
+        async with self._room:
+            taken = await self._connections.take()
+            done = False
+            try:
+                found: Sequence[Any] = await taken[1].fetch(sql, *arguments)
+                done = True
+                return found
+            finally:
+                self._connections.give_back(taken, broken=not done)
+
+    def _joined(self, sql: str, count: int, parameters: int) -> str:
+        joined = self._many.get((sql, count))
+        if joined is None:
+            parts = []
+            for place in range(count):
+                first = place * parameters
+                own = _PARAMETER.sub(lambda found, first=first: f"${first + int(found[1])}", sql)  # type: ignore[misc]
+                parts.append(f"(SELECT {place}, one.* FROM ({own}) one)")
+            joined = self._many[sql, count] = " UNION ALL ".join(parts)
+        return joined
+
+    async def close(self) -> None:
+        """Let what is under way end."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=2)
+        await self._connections.close()
+
+
+class _Asked(NamedTuple):
+    arguments: Sequence[Any]
+    answer: "asyncio.Future[list[Values]] | None"
+
+
 class Reading:
-    """What one read works with: a driver's connection and, for what needs one, a session; made when first asked for."""
+    """What one read works with: the loader and, for what needs one, a session, which is made when first asked for."""
 
-    __slots__ = ("_connections", "_make_session", "_session", "_taken")
+    __slots__ = ("_make_session", "_session", "fetch")
 
-    def __init__(self, connections: Connections, make_session: Callable[[], AsyncSession]) -> None:
-        self._connections, self._make_session = connections, make_session
-        self._taken: tuple[float, Any] | None = None
+    def __init__(self, loader: Loader, make_session: Callable[[], AsyncSession]) -> None:
+        self.fetch = loader.fetch
+        self._make_session = make_session
         self._session: AsyncSession | None = None
 
     @property
@@ -86,25 +191,8 @@ class Reading:
             self._session = self._make_session()
         return self._session
 
-    async def fetch(self, sql: str, arguments: Sequence[Any]) -> list[Any]:
-        """Records of a statement. Raises Unfit where it fails, whatever the reason: the long way will tell."""
-        try:
-            if self._taken is None:
-                self._taken = await self._connections.take()
-            return await self._taken[1].fetch(sql, *arguments)  # type: ignore[no-any-return]
-        except BaseException as error:
-            if self._taken is not None:
-                self._connections.give_back(self._taken, broken=True)
-                self._taken = None
-            if isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError | OSError | ValueError | TypeError):
-                raise Unfit from error
-            raise
-
     async def close(self) -> None:
-        """Give back what was taken."""
-        if self._taken is not None:
-            self._connections.give_back(self._taken, broken=False)
-            self._taken = None
+        """Close the session, if there is one."""
         if self._session is not None:
             await self._session.close()
 
@@ -125,10 +213,10 @@ class _Statement(NamedTuple):
             found.append(value if process is None else process(value))
         return found
 
-    def row(self, record: Any) -> Any:
+    def row(self, found: Values) -> Any:
         row = self.view.__new__(self.view)  # type: ignore[call-overload]
         values = row.__dict__
-        values.update(zip(self.names, record.values(), strict=True))
+        values.update(zip(self.names, found, strict=True))
         for name, convert in self.converters:
             value = values[name]
             if value is not None:
@@ -221,8 +309,8 @@ class Statements:
 
     async def records(
         self, reading: Reading, name: str, base: Callable[[], Select[Any]], named: Mapping[str, Any]
-    ) -> list[Any]:
-        """Records of a query whose parameters are all named. Raises Unfit."""
+    ) -> list[Values]:
+        """Rows of a query whose parameters are all named. Raises Unfit."""
         known = self._texts.get(name)
         if known is None:
             compiled = base().compile(dialect=self._dialect)

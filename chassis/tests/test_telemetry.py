@@ -357,7 +357,7 @@ def test_a_reader_that_went_away_does_not_fail_who_logs():
 
 
 def test_a_librarys_message_leaves_as_its_literal_without_arguments(guarded: io.StringIO):
-    logging.getLogger("aiokafka.conn").warning("cannot reach %s", PLANTED)
+    logging.getLogger("library.conn").warning("cannot reach %s", PLANTED)
     logging.getLogger("sqlalchemy.pool").error("failed: %s", ValueError(PLANTED))
     logging.getLogger("grpc").error(f"built with {PLANTED}")
     logging.getLogger("grpc").error("joined " + "\n".join(["with", PLANTED]))
@@ -368,7 +368,7 @@ def test_a_librarys_message_leaves_as_its_literal_without_arguments(guarded: io.
         logging.getLogger("uvicorn.error").exception(error)
     assert "Quillfeather" not in guarded.getvalue()
     kafka, pool, built, joined, uvicorn = lines(guarded)
-    assert (kafka["event"], kafka["logger"], kafka["level"]) == ("cannot reach %s", "aiokafka.conn", "warning")
+    assert (kafka["event"], kafka["logger"], kafka["level"]) == ("cannot reach %s", "library.conn", "warning")
     assert (kafka["service"], kafka["where"].split(":")[0]) == ("probe", "chassis/tests/test_telemetry.py")
     assert (pool["event"], pool["errors"]) == ("failed: %s", ["ValueError"])
     assert built["event"] == joined["event"] == "message withheld: not a literal of the code that logged it"
@@ -380,7 +380,7 @@ def test_a_line_that_repeats_is_counted_instead(guarded: io.StringIO, monkeypatc
     monkeypatch.setattr("chassis.logs.time.monotonic", lambda: now)
     for tick in range(8):
         now = 100.0 + tick
-        logging.getLogger("aiokafka").error("no broker")
+        logging.getLogger("library").error("no broker")
     assert [line.get("repeated") for line in lines(guarded)] == [None, 4]
 
 
