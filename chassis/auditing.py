@@ -161,7 +161,8 @@ async def verify(engine: AsyncEngine, checkpoints: Path | None = None, keys: Key
     except (JoseError, ValueError, KeyError, TypeError):
         return Verdict(0, 0, 0, f"checkpoint {len(wanted) + 1} is not one that the service signed")
     met = 0
-    async with engine.connect() as connection:
+    # One snapshot, taken after the file was read: what is sealed meanwhile is no gap.
+    async with engine.execution_options(isolation_level="REPEATABLE READ").connect() as connection:
         seal, previous = 0, GENESIS
         while rows := (await connection.execute(_SEALED, {"after": seal})).all():
             for row in rows:

@@ -189,7 +189,8 @@ class Call:
 
     async def _one_short(self, model: type[A], where: Sequence[ColumnElement[bool]]) -> A | None:
         assert self._reading is not None
-        self._refuse_link()
+        if model.subject_field is not None:
+            self._refuse_link()
         rows = await self.runtime.database.statements.fetch(
             self._reading, model, lambda: self._base(model), self._named(model), where
         )

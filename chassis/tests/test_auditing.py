@@ -237,12 +237,35 @@ async def test_writers_that_commit_in_any_order_leave_no_gap(chain: Chain) -> No
 
 async def test_two_sealers_at_once_do_not_fork_the_chain(chain: Chain) -> None:
     """Even if both hold that they may: a lease can be lost in the middle."""
-    sealers = [chain.sealer(), chain.sealer()]
-    for _ in range(8):
-        await chain.write(5)
-        await asyncio.gather(*(sealer.seal() for sealer in sealers for _ in range(2)))
+
+    async def write() -> None:
+        for _ in range(15):
+            await chain.write(2)
+
+    async def seal(sealer: Sealer) -> None:
+        while not writing.done():
+            await sealer.seal()
+
+    writing = asyncio.gather(*(write() for _ in range(4)))
+    await asyncio.gather(*(seal(chain.sealer()) for _ in range(2)))
+    await writing
+    await chain.sealer().seal()
     verdict = await chain.verdict()
-    assert (verdict.rows, verdict.unsealed, verdict.broken) == (40, 0, "")
+    assert (verdict.rows, verdict.unsealed, verdict.broken) == (120, 0, "")
+
+
+async def test_a_check_of_a_chain_that_grows_meanwhile_finds_it_whole(chain: Chain) -> None:
+    async def grow() -> None:
+        sealer = chain.sealer()
+        for _ in range(40):
+            await chain.write()
+            await sealer.seal()
+
+    growing, checks = asyncio.ensure_future(grow()), 0
+    while not growing.done():
+        assert (await chain.verdict()).broken == ""
+        checks += 1
+    assert checks > 3
 
 
 async def test_sealers_take_turns_and_another_goes_on(chain: Chain) -> None:
