@@ -135,7 +135,7 @@ class Loader:
                 answers[place].append(values)
         for one, answer in zip(together, answers, strict=True):
             if one.answer is not None and not one.answer.done():
-                one.answer.set_result(answer)
+                one.answer.set_result(answer)  # type: ignore[arg-type]
 
     async def _fetch(self, sql: str, together: Sequence["_Asked"]) -> Sequence[Any]:
         arguments = [argument for one in together for argument in one.arguments]

@@ -256,11 +256,11 @@ class Small:
 
             return listener
 
-        fetch = Reading.fetch
+        fetch = Reading.fetch  # type: ignore[misc,call-arg,arg-type]
 
         async def fetched(reading: Reading, sql: str, arguments: Sequence[Any]) -> list[Any]:
             note(sql)
-            return await fetch(reading, sql, arguments)
+            return await fetch(reading, sql, arguments)  # type: ignore[misc,call-arg,arg-type]
 
         listeners: list[tuple[str, Any]] = [
             ("before_cursor_execute", ran),
@@ -270,11 +270,11 @@ class Small:
         ]
         for name, function in listeners:
             event.listen(engine, name, function)
-        Reading.fetch = fetched
+        Reading.fetch = fetched  # type: ignore[misc,call-arg,arg-type]
         try:
             yield seen
         finally:
-            Reading.fetch = fetch
+            Reading.fetch = fetch  # type: ignore[misc,call-arg,arg-type]
             for name, function in listeners:
                 event.remove(engine, name, function)
 
