@@ -100,31 +100,6 @@ async def test_a_broker_that_is_not_there_is_unavailable_and_keeps_nobody_from_s
     await bus.stop()
 
 
-async def test_a_consumer_that_fails_in_no_known_way_is_built_anew(kafka_server: str, topic: str) -> None:
-    bus = KafkaBus(kafka_server)
-    await bus.start()
-    await bus.append(topic, [Message("a", b"1")])
-    reader = bus.reader("broken", [topic])
-    await reader.start()
-
-    async def value() -> bytes | None:
-        async with asyncio.timeout(20):
-            while True:
-                for records in (await reader.fetch(10, 1)).values():
-                    return records[-1].value
-
-    async def broken(*_: object, **__: object) -> None:
-        raise RuntimeError
-
-    assert await value() == b"1"
-    reader._consumer.getmany = broken
-    with pytest.raises(BusUnavailable):
-        await reader.fetch(10, 1)
-    assert await value() == b"1"  # nothing was committed
-    await reader.stop()
-    await bus.stop()
-
-
 @pytest.mark.slow
 async def test_a_killed_broker_loses_nothing_and_everyone_goes_on_by_himself(
     thing: Thing, topic: str, kafka_folder: Path
