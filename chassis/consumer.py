@@ -190,7 +190,7 @@ class Consumer:
                 kind = type(error).__name__
                 if kind != trouble:
                     trouble = kind
-                    unexpected = {} if isinstance(error, BusUnavailable) else {"exc_info": error}
+                    unexpected = {"exc_info": error} if _is_unexpected(error) else {}
                     self._log.warning("events can't be read, trying again", group=self.group, error=kind, **unexpected)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), pause)
@@ -250,7 +250,7 @@ class Consumer:
             except Exception as error:  # no figure rather than a false one
                 if type(error).__name__ != trouble:
                     trouble = type(error).__name__
-                    unexpected = {} if isinstance(error, BusUnavailable) else {"exc_info": error}
+                    unexpected = {"exc_info": error} if _is_unexpected(error) else {}
                     self._log.warning("lag not measured", group=self.group, error=trouble, **unexpected)
             await asyncio.sleep(_LAG_EVERY)
 
@@ -497,6 +497,11 @@ class Consumer:
             except _ParkingFailed as failed:
                 raise Retry("PARKING_FAILED") from failed
             return "parked_again"
+
+
+def _is_unexpected(error: Exception) -> bool:
+    """Whether it is more than a bus that is away, and so worth its frames in the log."""
+    return not isinstance(error, BusUnavailable) or error.__cause__ is not None
 
 
 class _ParkingFailed(Exception):

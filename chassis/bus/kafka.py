@@ -352,6 +352,8 @@ class KafkaReader:
         except (KafkaError, ConsumerStoppedError, OSError, TimeoutError) as error:
             self._drop_consumer()
             raise BusUnavailable(type(error).__name__) from None
+        except Exception as error:
+            raise self._broken(error) from error
         found: dict[Partition, list[Record]] = {}
         for place, records in batches.items():
             partition = (place.topic, place.partition)
@@ -410,6 +412,8 @@ class KafkaReader:
             return  # rebalanced meanwhile: the new owner reads it again, and the inbox knows what is done
         except (KafkaError, OSError, TimeoutError) as error:
             raise BusUnavailable(type(error).__name__) from None
+        except Exception as error:
+            raise self._broken(error) from error
         for place, offset in ours.items():
             self._committed[place.topic, place.partition] = offset
             unread = self._unread.get((place.topic, place.partition), deque())
@@ -449,6 +453,8 @@ class KafkaReader:
                     self._committed[place.topic, place.partition] = await consumer.committed(place) or 0
         except (KafkaError, ConsumerStoppedError, OSError, TimeoutError) as error:
             raise BusUnavailable(type(error).__name__) from None
+        except Exception as error:
+            raise self._broken(error) from error
         lags: dict[Partition, Lag] = {}
         now = time.time()
         for place in places:
@@ -503,6 +509,13 @@ class KafkaReader:
             self._moved_at = time.monotonic()
             self._consumer = consumer
         return self._consumer
+
+    def _broken(self, error: Exception) -> BusUnavailable:
+        """What aiokafka doesn't expect, it doesn't mend: uvloop says by a bare RuntimeError that a dead broker's connection is
+        closed, aiokafka takes it for open, and the consumer fails at every call from then on. So it is built anew.
+        """
+        self._drop_consumer()
+        return BusUnavailable(type(error).__name__)
 
     def _drop_consumer(self) -> None:
         consumer, self._consumer = self._consumer, None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chassis.bus import HELD_BACK, TOO_LARGE, BusUnavailable, Message
+from chassis.bus import HELD_BACK, TOO_LARGE, BusUnavailable, Message, Record
 from chassis.bus.kafka import KafkaBus
 from chassis.tests.telling import Thing, event_of
 from system.kafka import Kafka
@@ -96,6 +96,35 @@ async def test_a_broker_that_is_not_there_is_unavailable_and_keeps_nobody_from_s
             async with asyncio.timeout(10):
                 await asked
     assert await reader.lag() == {}
+    await reader.stop()
+    await bus.stop()
+
+
+@pytest.mark.parametrize("call", ["getmany", "commit", "end_offsets"])
+async def test_a_consumer_that_fails_in_no_known_way_is_built_anew(kafka_server: str, topic: str, call: str) -> None:
+    bus = KafkaBus(kafka_server)
+    await bus.start()
+    await bus.append(topic, [Message("a", b"1")])
+    reader = bus.reader(f"broken-{topic}", [topic])
+    await reader.start()
+
+    async def first() -> Record:
+        async with asyncio.timeout(20):
+            while True:
+                for records in (await reader.fetch(10, 1)).values():
+                    return records[0]
+
+    async def broken(*_: object, **__: object) -> None:
+        raise RuntimeError
+
+    record = await first()
+    setattr(reader._consumer, call, broken)
+    with pytest.raises(BusUnavailable):
+        await reader.lag()
+        await reader.commit({(topic, record.partition): record.offset + 1})
+        await reader.fetch(10, 1)
+    await bus.append(topic, [Message("a", b"2")])
+    assert (await first()).value in (b"1", b"2")
     await reader.stop()
     await bus.stop()
 
