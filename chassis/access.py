@@ -5,13 +5,13 @@ import contextlib
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
 from care.access.v1 import access_pb2
-from sqlalchemy import ARRAY, Boolean, Text, Uuid, bindparam, delete, func, select, text
+from sqlalchemy import ARRAY, Boolean, DateTime, Text, Uuid, bindparam, delete, func, literal, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.sql.elements import TextClause
@@ -19,6 +19,7 @@ from sqlalchemy.sql.elements import TextClause
 from chassis.auth import Identity
 from chassis.bus import PARTITIONS, partition_of
 from chassis.errors import Problem, Unauthenticated, Unavailable
+from chassis.reading import Unfit
 from chassis.tables import Access as AccessTables
 from chassis.wire import to_time
 
@@ -64,16 +65,35 @@ class Caller:
         return [self.id, *self.group_ids]
 
 
-_PRINCIPAL = text("""
+_PRINCIPAL_SQL = """
 SELECT p.kind, p.principal_id, p.roles, p.group_ids, p.clearances, p.active,
        coalesce((SELECT array_agg(DISTINCT one) FROM role_permissions r, unnest(r.permissions) AS one
                   WHERE r.tenant_id = p.tenant_id AND r.name = ANY(p.roles)), '{}') AS permissions
   FROM principal p
  WHERE p.tenant_id = :tenant AND p.issuer = :issuer AND p.subject = :subject
-""").bindparams(bindparam("tenant", type_=Uuid(as_uuid=False))).columns(
+"""
+_PRINCIPAL = text(_PRINCIPAL_SQL).bindparams(bindparam("tenant", type_=Uuid(as_uuid=False))).columns(
     kind=Text, principal_id=Uuid(as_uuid=False), roles=ARRAY(Text), group_ids=ARRAY(Uuid(as_uuid=False)),
     clearances=ARRAY(Text), active=Boolean, permissions=ARRAY(Text),
 )  # fmt: skip
+_PRINCIPAL_SHORT = (
+    _PRINCIPAL_SQL.replace(":tenant", "$1::uuid").replace(":issuer", "$2::text").replace(":subject", "$3::text")
+)
+Fetch = Callable[[str, Sequence[Any]], Awaitable[list[Sequence[Any]]]]
+"""`chassis.reading.Loader.fetch`."""
+
+
+def _principal(row: Sequence[Any]) -> dict[str, Any]:
+    kind, principal_id, roles, group_ids, clearances, active, permissions = row
+    return {
+        "kind": kind,
+        "principal_id": str(principal_id),
+        "roles": roles,
+        "group_ids": [str(one) for one in group_ids],
+        "clearances": clearances,
+        "active": active,
+        "permissions": permissions,
+    }
 
 
 class Owner(Protocol):
@@ -144,8 +164,12 @@ class Access:
         stale_staff: float = 900.0,
         principal_cache: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
+        fetch: Fetch | None = None,
     ) -> None:
         self.tables = tables
+        self._fetch = fetch
+        self._looking: dict[tuple[str, str, str], asyncio.Task[Caller]] = {}
+        self._forgotten = 0
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._owner = owner
         self.is_owner = is_owner
@@ -165,6 +189,21 @@ class Access:
         known = self._callers.get(key)
         if known is not None and known[0] > self._clock():
             return known[1]
+        if not self._cache_for:
+            return await self._find_caller(key)
+        looking = self._looking.get(key)
+        if looking is None:  # one look for all who come with this login meanwhile
+            looking = self._looking[key] = asyncio.create_task(self._find_caller(key))
+            looking.add_done_callback(lambda done: self._looked(key, done))
+        return await asyncio.shield(looking)
+
+    def _looked(self, key: tuple[str, str, str], done: "asyncio.Task[Caller]") -> None:
+        self._looking.pop(key, None)
+        if not done.cancelled():
+            done.exception()  # whoever waits has it
+
+    async def _find_caller(self, key: tuple[str, str, str]) -> Caller:
+        forgotten = self._forgotten
         stored = await self._stored_principal(key)
         if (stored is None or self._must_confirm(stored["kind"])) and self._owner is not None:
             # Anybody can get a token of an open issuer: who has no login here must not become an amplifier.
@@ -194,25 +233,31 @@ class Access:
         caller = Caller(
             kind=stored["kind"].lower(),
             id=stored["principal_id"],
-            tenant_id=identity.tenant_id,
+            tenant_id=key[0],
             permissions=frozenset(stored["permissions"]),
             roles=tuple(stored["roles"]),
             group_ids=tuple(stored["group_ids"]),
             clearances=tuple(stored["clearances"]),
         )
-        self._callers[key] = (self._clock() + self._cache_for, caller)
+        if forgotten == self._forgotten:  # else it may be what was to be forgotten
+            self._callers[key] = (self._clock() + self._cache_for, caller)
         while len(self._callers) > _CALLERS_AT_MOST:
             self._callers.popitem(last=False)
         return caller
 
     async def _stored_principal(self, key: tuple[str, str, str]) -> dict[str, Any] | None:
+        if self._fetch is not None:
+            with contextlib.suppress(Unfit):
+                found = await self._fetch(_PRINCIPAL_SHORT, key)
+                return _principal(found[0]) if found else None
         async with self._engine.connect() as connection:
-            found = await connection.execute(_PRINCIPAL, {"tenant": key[0], "issuer": key[1], "subject": key[2]})
-            row = found.mappings().first()
+            stored = await connection.execute(_PRINCIPAL, {"tenant": key[0], "issuer": key[1], "subject": key[2]})
+            row = stored.mappings().first()
         return dict(row) if row is not None else None
 
     def forget_callers(self) -> None:
         """Roles or logins changed: ask the projection again."""
+        self._forgotten += 1
         self._callers.clear()
 
     # -- how sure the projection is ------------------------------------------------------------------------------------
@@ -288,16 +333,21 @@ class Access:
         """Fetch access sets from the owner and merge them by version. Raises Unavailable `ACCESS_UNCONFIRMED`."""
         if self._owner is None:
             return
+        asked = list(dict.fromkeys(subject_ids))[:100]
         try:
-            found = await self._owner.subjects(tenant_id, list(dict.fromkeys(subject_ids))[:100])
+            found = await self._owner.subjects(tenant_id, asked)
         except Problem as error:
             raise Unavailable(
                 "ACCESS_UNCONFIRMED", "Access can't be confirmed now since the patients service is away; try again."
             ) from error
-        if found:
-            async with self._engine.connect() as connection:
-                for subject in found:
-                    await store_subject(connection, self.tables, subject)
+        async with self._engine.connect() as connection:
+            for subject in found:
+                await store_subject(connection, self.tables, subject)
+            for _ in asked[len(found) :]:  # an id that doesn't exist takes as many round trips as a hidden one
+                await connection.execute(_NOTHING)
+
+
+_NOTHING = text("SELECT FROM record_subject WHERE false")
 
 
 def _unknown_login() -> Unauthenticated:
@@ -400,7 +450,9 @@ async def _merge(db: _Executes, table: Any, values: dict[str, Any], key: tuple[s
 
 async def store_heartbeat(db: _Executes, tables: AccessTables, partition: int, told_at: Any) -> None:
     """Note that everything told on a partition up to `told_at` has arrived."""
-    statement = insert(tables.heartbeat).values(partition=partition, time=told_at)
+    # Not later than now: a clock that is ahead must not make the projection look fresh for ever.
+    told = func.least(literal(told_at, DateTime(timezone=True)), func.clock_timestamp())
+    statement = insert(tables.heartbeat).values(partition=partition, time=told)
     await db.execute(
         statement.on_conflict_do_update(
             index_elements=["partition"],

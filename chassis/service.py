@@ -126,6 +126,7 @@ class Server:
             stale_patient=settings.access_stale_patient,
             stale_staff=settings.access_stale_staff,
             principal_cache=settings.principal_cache,
+            fetch=self.database.fetch,
         )
         self.runtime = Runtime(
             service=service.name,

@@ -31,7 +31,6 @@ from chassis.errors import AlreadyExists, NotFound, Unavailable
 from chassis.ids import new_id
 from chassis.lifecycle import Lifecycle
 from chassis.model import Aggregate, Id, Ids, Living, about_subject, base, status_type
-from chassis.reading import Reading
 from chassis.service import Server, Service
 from chassis.testing.harness import Harness
 from chassis.timers import Loop
@@ -256,11 +255,13 @@ class Small:
 
             return listener
 
-        fetch = Reading.fetch  # type: ignore[misc,call-arg,arg-type]
+        loader: Any = self.server.database._loader
+        fetch = loader.fetch
 
-        async def fetched(reading: Reading, sql: str, arguments: Sequence[Any]) -> list[Any]:
+        async def fetched(sql: str, arguments: Sequence[Any]) -> list[Any]:
             note(sql)
-            return await fetch(reading, sql, arguments)  # type: ignore[misc,call-arg,arg-type]
+            found: list[Any] = await fetch(sql, arguments)
+            return found
 
         listeners: list[tuple[str, Any]] = [
             ("before_cursor_execute", ran),
@@ -270,11 +271,11 @@ class Small:
         ]
         for name, function in listeners:
             event.listen(engine, name, function)
-        Reading.fetch = fetched  # type: ignore[misc,call-arg,arg-type]
+        loader.fetch = fetched
         try:
             yield seen
         finally:
-            Reading.fetch = fetch  # type: ignore[misc,call-arg,arg-type]
+            del loader.fetch
             for name, function in listeners:
                 event.remove(engine, name, function)
 

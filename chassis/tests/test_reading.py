@@ -1,0 +1,181 @@
+"""The short way of reads answers as the long one, and what is asked for together stays each caller's own."""
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from care.patients.v1 import consents_pb2, tasks_pb2
+from sqlalchemy import or_
+
+from chassis.ids import new_id
+from chassis.reading import Loader, Statements, Unfit
+from chassis.tests.small import Small
+from chassis.tests.test_pipeline import batch, item
+
+
+class Ways:
+    """Counts the statements that went the short way, and can close it."""
+
+    def __init__(self, small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.short: list[str] = []
+        self.long = 0
+        self.closed = False
+        loader = small.server.database._loader
+        run = loader._fetch
+        long_way = small.server.database._placed_session
+
+        async def fetch(sql: str, together: Any) -> Any:
+            if self.closed:
+                raise OSError
+            self.short.append(f"{len(together)} {sql[:6]}")
+            return await run(sql, together)
+
+        def session() -> Any:
+            self.long += 1
+            return long_way()
+
+        monkeypatch.setattr(loader, "_fetch", fetch)
+        monkeypatch.setattr(small.server.database, "_placed_session", session)
+
+
+@pytest.fixture
+def ways(small: Small, monkeypatch: pytest.MonkeyPatch) -> Ways:
+    return Ways(small, monkeypatch)
+
+
+async def both(small: Small, ways: Ways, method: str, **fields: Any) -> Any:
+    """What both ways answer, which must be the same."""
+    used = ways.long
+    short = await small.rpc(method, **fields)
+    assert ways.long == used, "it took the long way"
+    ways.closed = True
+    long = await small.rpc(method, **fields)
+    ways.closed = False
+    assert short == long
+    return short
+
+
+async def test_both_ways_answer_alike(small: Small, ways: Ways) -> None:
+    patient = await small.patient()
+    tasks = [await small.task(patient, due=timedelta(minutes=n), note=f"étage {n}") for n in range(3)]
+    await small.rpc("ClaimTask", id=tasks[0].id)
+    for _ in range(2):
+        await small.consent(patient)
+    assert (await both(small, ways, "GetTask", id=tasks[0].id)).history
+    assert len((await both(small, ways, "ListTasks", patient_id=patient)).tasks) == 3
+    page = await both(small, ways, "ListTasks", patient_id=patient, page_size=2)
+    assert [task.id for task in page.tasks] == [task.id for task in tasks[:2]]
+    assert page.next_page_token
+    active = [consents_pb2.Consent.Status.ACTIVE]
+    assert len((await both(small, ways, "ListConsents", patient_id=patient, statuses=active)).consents) == 2
+    gone = [consents_pb2.Consent.Status.INACTIVE]
+    assert not (await both(small, ways, "ListConsents", patient_id=patient, statuses=gone)).consents
+    assert len((await both(small, ways, "ListConsents", patient_id=patient)).consents) == 2
+
+
+async def test_the_next_page_goes_on_where_the_short_way_ended(small: Small) -> None:
+    patient = await small.patient()
+    wanted = [(await small.task(patient, due=timedelta(minutes=n))).id for n in range(5)]
+    found, token = [], ""
+    while True:
+        page = await small.rpc("ListTasks", patient_id=patient, page_size=2, page_token=token)
+        found += [task.id for task in page.tasks]
+        if not (token := page.next_page_token):
+            break
+    assert found == wanted
+
+
+async def test_reads_that_come_together_go_in_one_statement_and_stay_their_callers(small: Small, ways: Ways) -> None:
+    clinics = [new_id() for _ in range(6)]
+    patients = [await small.patient(clinic, small.clinic) for clinic in clinics]
+    tasks = [await small.task(patient, note=f"note {n}") for n, patient in enumerate(patients)]
+    for number, clinic in enumerate(clinics):
+        await small.harness.staff(f"only-{number}", ["tasks.read"], clinics=[clinic])
+    items = [
+        item(small, "TasksService/ListTasks", tasks_pb2.ListTasksRequest(patient_id=patient), f"only-{number}")
+        for number in range(6)
+        for patient in patients
+    ]
+    ways.short.clear()
+    results = await batch(small, items)
+    assert any(one.startswith(("16", "8")) for one in ways.short), ways.short
+    for place, result in enumerate(results):
+        number, patient = divmod(place, 6)
+        if number == patient:
+            (seen,) = tasks_pb2.ListTasksResponse.FromString(result.response).tasks
+            assert seen.id == tasks[patient].id
+        else:
+            # Somebody else's, or read through in vain: never another one's rows.
+            assert result.code or not tasks_pb2.ListTasksResponse.FromString(result.response).tasks
+
+
+async def test_what_is_written_is_never_joined(small: Small, ways: Ways) -> None:
+    task = await small.task(await small.patient())
+    ways.short.clear()
+    await asyncio.gather(*(small.rpc("GetTask", id=task.id) for _ in range(8)))
+    assert all(one.startswith("1 ") for one in ways.short if "INSERT" in one)
+    assert any("INSERT" in one for one in ways.short)
+
+
+async def test_one_that_fails_takes_nobody_along_and_goes_the_long_way(small: Small, ways: Ways) -> None:
+    patient = await small.patient()
+    task = await small.task(patient)
+    good = item(small, "TasksService/GetTask", tasks_pb2.GetTaskRequest(id=task.id), "ada")
+    bad = item(small, "TasksService/GetTask", tasks_pb2.GetTaskRequest(id=str(task.id)[:-1] + "g"), "ada")
+    results = await batch(small, [good, bad, good])
+    assert [bool(one.code) for one in results] == [False, True, False]
+
+
+def test_anything_but_conditions_makes_a_query_unfit(small: Small) -> None:
+    Task: Any = small.models.Task
+    statements = small.server.database.statements
+    from sqlalchemy import select
+
+    query = Statements.begin(Task, select(Task).where(Task.tenant_id == new_id()))
+    model, added = statements.since_begin(query.where(Task.code == "x", Task.note != ""))
+    assert model is Task
+    assert len(added) == 2
+    for other in (query.limit(3), query.distinct(), query.order_by(Task.id), query.with_for_update(), query.offset(1)):
+        with pytest.raises(Unfit):
+            statements.since_begin(other)
+    with pytest.raises(Unfit):
+        statements.since_begin(select(Task))
+
+
+async def test_a_condition_with_values_of_its_own_is_unfit(small: Small) -> None:
+    Task: Any = small.models.Task
+    from sqlalchemy import select
+
+    with pytest.raises(Unfit):
+        await small.server.database.statements.fetch(
+            None,  # type: ignore[arg-type]
+            Task,
+            lambda: select(Task),
+            {},
+            [or_(Task.code == "x", Task.note == "y")],
+        )
+
+
+async def test_a_read_that_nobody_waits_for_harms_no_other() -> None:
+    class Connection:
+        def is_closed(self) -> bool:
+            return False
+
+        async def fetch(self, sql: str, *arguments: Any) -> list[tuple[Any, ...]]:
+            await asyncio.sleep(0.01)
+            return [(place, value) for place, value in enumerate(arguments)]
+
+    class Connections:
+        async def take(self) -> tuple[float, Any]:
+            return 0.0, Connection()
+
+        def give_back(self, taken: Any, *, broken: bool) -> None:
+            assert not broken
+
+    loader = Loader(Connections(), 2)  # type: ignore[arg-type]
+    asked = [asyncio.create_task(loader.fetch("SELECT $1", [n])) for n in range(4)]
+    await asyncio.sleep(0)
+    asked[1].cancel()
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert [one for one in found if not isinstance(one, BaseException)] == [[[0]], [[2]], [[3]]]
