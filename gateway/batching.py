@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextvars import Context, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
 import grpc
@@ -20,6 +20,7 @@ from chassis.telemetry import Telemetry, current_traceparent
 
 _METHOD: Final = "/care.batch.v1.BatchService/BatchRead"
 _MOST_ITEMS: Final = 64
+_MOST_WAITING: Final = 256
 Call = Callable[..., Awaitable[Any]]
 
 
@@ -53,34 +54,29 @@ class PlainReads:
 
 @dataclass(slots=True)
 class _Waiting:
+    service: str
     item: Any
     answer: asyncio.Future[bytes]
     timeout: float
     context: Context
 
 
-@dataclass(slots=True)
-class _Line:
-    """What waits for one service."""
-
-    call: Call
-    waiting: list[_Waiting] = field(default_factory=list)
-    under_way: int = 0
-    wake_up: asyncio.Handle | None = None
-
-
 class BatchedReads:
-    """Joins reads to the same service: at once while few batches are under way, else as soon as one is back.
+    """Joins reads of all callers in rounds: one RPC per service with what has come meanwhile.
 
-    A read that comes alone leaves in the same turn of the loop, as a batch of its own; under load batches grow by
-    themselves. `patience` seconds bound how long a read waits behind slow batches.
+    While few rounds are under way the next one leaves in the same turn of the loop, so a read that comes alone waits for
+    nobody; under load rounds grow by themselves. They are common to all services: a summary is as late as its last leg, and
+    small batches to the quick services would only cost RPCs. `patience` seconds bound how long a read waits behind a slow round.
     """
 
-    def __init__(self, clients: Clients, telemetry: Telemetry, *, under_way: int = 2, patience: float = 0.005) -> None:
+    def __init__(self, clients: Clients, telemetry: Telemetry, *, under_way: int = 2, patience: float = 0.05) -> None:
         self._clients = clients
-        self._under_way = under_way
+        self._at_once = under_way
         self._patience = patience
-        self._lines: dict[str, _Line] = {}
+        self._calls: dict[str, Call] = {}
+        self._waiting: list[_Waiting] = []
+        self._rounds = 0
+        self._wake_up: asyncio.Handle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._sizes = Histogram(
             "gateway_batch_items",
@@ -91,16 +87,10 @@ class BatchedReads:
         )
 
     async def read(self, service: str, method: str, request: Message, token: str, timeout: float) -> bytes:
-        line = self._lines.get(service)
-        if line is None:
-            call = self._clients.channel(service).unary_unary(
-                _METHOD,
-                request_serializer=batch_pb2.BatchReadRequest.SerializeToString,
-                response_deserializer=batch_pb2.BatchReadResponse.FromString,
-            )
-            line = self._lines[service] = _Line(cast(Call, call))
+        self._call(service)  # an unknown one is told now
         loop = asyncio.get_running_loop()
         one = _Waiting(
+            service,
             batch_pb2.BatchReadRequest.Item(
                 method=method, request=request.SerializeToString(), token=token, traceparent=current_traceparent()
             ),
@@ -108,39 +98,65 @@ class BatchedReads:
             timeout,
             copy_context(),
         )
-        line.waiting.append(one)
-        if line.under_way < self._under_way or len(line.waiting) >= _MOST_ITEMS:
-            # Not this instant: a summary's legs to one service are asked for in the same turn of the loop.
-            if line.wake_up is None or isinstance(line.wake_up, asyncio.TimerHandle):
-                self._wake(line, loop.call_soon(self._send, service, line))
-        elif line.wake_up is None:
-            self._wake(line, loop.call_later(self._patience, self._send, service, line))
+        self._waiting.append(one)
+        if self._rounds < self._at_once or len(self._waiting) >= _MOST_WAITING:
+            # Not this instant: a summary's legs are asked for in the same turn of the loop.
+            if self._wake_up is None or isinstance(self._wake_up, asyncio.TimerHandle):
+                self._wake(loop.call_soon(self._send))
+        elif self._wake_up is None:
+            self._wake(loop.call_later(self._patience, self._send))
         async with asyncio.timeout(timeout):
             return await one.answer
 
-    @staticmethod
-    def _wake(line: _Line, handle: asyncio.Handle | None) -> None:
-        if line.wake_up is not None:
-            line.wake_up.cancel()
-        line.wake_up = handle
+    def _call(self, service: str) -> Call:
+        call = self._calls.get(service)
+        if call is None:
+            made = self._clients.channel(service).unary_unary(
+                _METHOD,
+                request_serializer=batch_pb2.BatchReadRequest.SerializeToString,
+                response_deserializer=batch_pb2.BatchReadResponse.FromString,
+            )
+            call = self._calls[service] = cast(Call, made)
+        return call
 
-    def _send(self, service: str, line: _Line) -> None:
-        self._wake(line, None)
-        while line.waiting:
-            batch, line.waiting = line.waiting[:_MOST_ITEMS], line.waiting[_MOST_ITEMS:]
-            batch = [one for one in batch if not one.answer.done()]  # who gave up meanwhile isn't asked for
-            if batch:
-                line.under_way += 1
+    def _wake(self, handle: asyncio.Handle | None) -> None:
+        if self._wake_up is not None:
+            self._wake_up.cancel()
+        self._wake_up = handle
+
+    def _send(self) -> None:
+        self._wake(None)
+        lines: dict[str, list[_Waiting]] = {}
+        for one in self._waiting:
+            if not one.answer.done():  # who gave up meanwhile isn't asked for
+                lines.setdefault(one.service, []).append(one)
+        self._waiting = []
+        if lines:
+            self._rounds += 1
+            self._start(self._round(lines), Context())
+
+    async def _round(self, lines: Mapping[str, list[_Waiting]]) -> None:
+        exchanges = []
+        for service, line in lines.items():
+            for first in range(0, len(line), _MOST_ITEMS):
+                batch = line[first : first + _MOST_ITEMS]
                 # The RPC's span belongs to the first caller's trace; each item brings its own traceparent.
-                exchange = self._exchange(service, line, batch)
-                task = asyncio.get_running_loop().create_task(exchange, context=batch[0].context)
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                exchanges.append(self._start(self._exchange(service, batch), batch[0].context))
+        await asyncio.wait(exchanges)
+        self._rounds -= 1
+        if self._waiting:
+            self._send()
 
-    async def _exchange(self, service: str, line: _Line, batch: list[_Waiting]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None], context: Context) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, context=context)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _exchange(self, service: str, batch: list[_Waiting]) -> None:
         self._sizes.labels(service).observe(len(batch))
         try:
-            answer = await line.call(
+            answer = await self._call(service)(
                 batch_pb2.BatchReadRequest(items=[one.item for one in batch]),
                 timeout=max(one.timeout for one in batch),
                 metadata=self._clients.own_metadata(),
@@ -155,10 +171,6 @@ class BatchedReads:
                     # One object each: a raised exception collects a traceback.
                     one.answer.set_exception(_copy(problem))
             return
-        finally:
-            line.under_way -= 1
-            if line.waiting:
-                self._send(service, line)
         for one, result in zip(batch, results, strict=True):
             if one.answer.done():
                 continue
