@@ -1,7 +1,7 @@
 """A lean HTTP/1.1 client for what wrk can't do: rivals that start together, and requests at a steady pace."""
 
 import asyncio
-from typing import Self
+from typing import Self, cast
 
 import httptools
 
@@ -16,8 +16,7 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)

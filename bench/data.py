@@ -12,8 +12,7 @@ from zoneinfo import ZoneInfo
 from sqlalchemy import Table
 
 from bench.rows import Rows
-from system.issuer import ISSUER, TENANT_ID
-from system.topology import SERVICES
+from system.issuer import TENANT_ID
 
 ZONES = ("America/New_York", "America/Chicago", "America/Phoenix")
 PRACTITIONERS_PER_CLINIC = 4
@@ -442,6 +441,3 @@ _LAST_STEPS = {
 
 def _iso(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat()
-
-
-__all__ = ["ISSUER", "SERVICES", "Data", "Directory", "subject", "uid"]

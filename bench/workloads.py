@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -153,8 +152,8 @@ def _booking_script(world: World, scripts: Scripts, tokens: list[str], count: in
     def bodies() -> list[tuple[int, bytes]]:
         found = []
         for slot in world.slots(count):
-            staff = slot % STAFF
-            found.append((staff, world.booking(slot, world.patient_of(staff, slot // STAFF))))
+            patient = world.patient_at(slot)
+            found.append((world.staff_of(patient), world.booking(slot, patient)))
         return found
 
     return scripts.bookings(tokens, bodies())
@@ -186,11 +185,10 @@ async def contested(world: World, *, seconds: float) -> Figure:
                 slot = world.slots(1)[0]
                 requests = []
                 for rival in range(RIVALS):
-                    staff = (slot + rival) % STAFF
                     # Another patient each, so that it is the practitioner's time alone that they fight for.
-                    patient = world.patient_of(staff, (slot * RIVALS + rival) * 7)
-                    body = world.booking(slot, patient)
-                    requests.append(client.request("POST", "/v1/appointments", tokens[staff], body))
+                    patient = world.patient_at(slot, rival, RIVALS)
+                    token, body = tokens[world.staff_of(patient)], world.booking(slot, patient)
+                    requests.append(client.request("POST", "/v1/appointments", token, body))
                 await asyncio.gather(*map(one, requests))
                 count += 1
             return count
@@ -252,8 +250,8 @@ async def lag(world: World, *, seconds: float, rate: float = 100.0) -> Figure:
             slots = world.slots(count)
             began, tasks = time.perf_counter(), []
             for number, slot in enumerate(slots):
-                staff = slot % STAFF
-                body = world.booking(slot, world.patient_of(staff, slot // STAFF))
+                patient = world.patient_at(slot)
+                staff, body = world.staff_of(patient), world.booking(slot, patient)
                 wait = began + number / rate - time.perf_counter()
                 if wait > 0:
                     await asyncio.sleep(wait)
@@ -272,7 +270,7 @@ async def lag(world: World, *, seconds: float, rate: float = 100.0) -> Figure:
     booked = await _commits(
         world,
         "scheduling",
-        'SELECT id, pg_xact_commit_timestamp(xmin) AS time" "FROM appointment WHERE id = ANY($1)',
+        "SELECT id, pg_xact_commit_timestamp(xmin) AS time FROM appointment WHERE id = ANY($1)",
         ids,
     )
     told = await _commits(
@@ -349,6 +347,3 @@ def _ready(port: int) -> bool:
             return link.recv(64).startswith(b"HTTP/1.1 200")
     except OSError:
         return False
-
-
-__all__ = ["Figure", "book", "contested", "lag", "middle", "os", "start_times", "summary"]

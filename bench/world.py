@@ -14,11 +14,11 @@ from typing import Any, Self
 import care
 import httpx2
 
-from bench.data import ISSUER, PRACTITIONERS_PER_CLINIC, STAFF_CLINICS, ZONES, Data, Directory, subject
+from bench.data import PATIENT, PRACTITIONERS_PER_CLINIC, STAFF_CLINICS, ZONES, Data, Directory, subject, uid
 from bench.rows import load
 from system import postgres
 from system.importing.client import GatewayClient
-from system.issuer import DevelopmentIssuer, staff_subject
+from system.issuer import ISSUER, DevelopmentIssuer, staff_subject
 from system.process import LOOPBACK, free_port
 from system.run import System, bootstrap
 from system.topology import GATEWAY, SERVICES
@@ -39,11 +39,14 @@ class World:
     def __init__(self, folder: Path, patients: int, appointments: int) -> None:
         self.folder, self._patients, self._appointments = folder, patients, appointments
         self._marker = folder / "bench.json"
-        # When rows became visible, by the server's own clock: what latencies between services are measured by.
-        postgres.SETTINGS["track_commit_timestamp"] = "on"
+        postgres.SETTINGS.update(
+            # When rows became visible, by the server's own clock: what latencies between services are measured by.
+            track_commit_timestamp="on",
+            # The hot part of the data set fits; a laptop's default would measure the copying of pages.
+            shared_buffers="1GB",
+        )
         self.system = System(folder, 0, kafka=True, empty=True)
         self.data: Data
-        self.seeded: dict[str, float] = {}
         self._state: dict[str, Any] = {}
 
     async def __aenter__(self) -> Self:
@@ -87,8 +90,7 @@ class World:
             await self.system.start_service(name)
             print(f"  {name}: " + ", ".join(f"{count:,} {table}" for table, count in rows.items()), flush=True)
         await self.system.ready()
-        self.seeded = {"seconds": time.perf_counter() - began}
-        print(f"  loaded in {self.seeded['seconds']:.0f} s", flush=True)
+        print(f"  loaded in {time.perf_counter() - began:.0f} s", flush=True)
 
     def _save(self) -> None:
         if self._state:
@@ -123,14 +125,18 @@ class World:
 
     def patient(self, number: int) -> str:
         """A patient's id."""
-        from bench.data import PATIENT, uid
-
         return uid(PATIENT, number % self.data.patients)
 
-    def patient_of(self, staff: int, number: int) -> int:
-        """Number of a patient whom a member of staff may see, in the clinic of a slot or any."""
-        clinic = (staff + number % STAFF_CLINICS) % CLINICS
-        return (clinic + CLINICS * (number // STAFF_CLINICS)) % self.data.patients
+    def patient_at(self, slot: int, rival: int = 0, rivals: int = 1) -> int:
+        """Number of a patient of the slot's clinic, each slot and each rival for it another one."""
+        per_clinic = self.data.patients // CLINICS
+        clinic, place = divmod(slot % (CLINICS * PRACTITIONERS_PER_CLINIC), PRACTITIONERS_PER_CLINIC)
+        turn = slot // (CLINICS * PRACTITIONERS_PER_CLINIC) * PRACTITIONERS_PER_CLINIC + place
+        return clinic + CLINICS * ((turn * rivals + rival) % per_clinic)
+
+    def staff_of(self, patient: int) -> int:
+        """Number of a member of staff who may see a patient, neighbours in number others."""
+        return (patient % CLINICS - patient // CLINICS % STAFF_CLINICS) % STAFF
 
     # -- another gateway -----------------------------------------------------------------------------------------------
 
