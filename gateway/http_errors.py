@@ -45,6 +45,23 @@ BY_REASON: Final[Mapping[str, int]] = {
     "TOO_LARGE": 413,
     "CONTENT_TYPE_UNSUPPORTED": 415,
 }
+# Well-formed requests that the state of what they touch, or its time, doesn't allow: as FAILED_PRECONDITION they are 409.
+# The code counts too, since some of these reasons also name a wrong argument or a missing right.
+CONFLICTS: Final = frozenset(
+    {
+        "CLINIC_UNKNOWN",
+        "CLINIC_WITHOUT_ZONE",
+        "HOLD_EXPIRED",
+        "MANAGED_OUTSIDE",
+        "NOT_CLINIC_DAY",
+        "NO_POOL",
+        "OFFER_EXPIRED",
+        "OUTSIDE_HOURS",
+        "OVERBOOKING_NOT_ALLOWED",
+        "PATIENT_DECEASED",
+        "TOO_EARLY",
+    }
+)
 _AGAIN_AFTER_SECONDS: Final = 1
 _LATER: Final = frozenset({408, 429, 503})
 
@@ -52,6 +69,8 @@ _LATER: Final = frozenset({408, 429, 503})
 def http_status(problem: Problem, *, if_match: bool) -> int:
     """The HTTP status of a problem; `if_match` says whether the request had that header."""
     if problem.reason == "ETAG_MISMATCH" and not if_match:
+        return 409
+    if problem.code is StatusCode.FAILED_PRECONDITION and problem.reason in CONFLICTS:
         return 409
     return BY_REASON.get(problem.reason) or BY_CODE.get(problem.code, 500)
 

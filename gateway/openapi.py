@@ -11,7 +11,7 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescript
 
 from gateway.codec import camel, is_map
 from gateway.contract import IDEMPOTENT, comments
-from gateway.http_errors import BY_REASON
+from gateway.http_errors import BY_REASON, CONFLICTS
 from gateway.transcoding import Leaf, Route, singular
 
 Json = dict[str, Any]
@@ -111,7 +111,7 @@ _STATUS_TEXT: Final[Mapping[int, str]] = {
     404: "There is no such object, or the caller may not see it: the answer is the same.",
     405: "The path takes other methods; header `Allow`.",
     408: "The body did not come in time.",
-    409: "The state of things doesn't allow it: an illegal transition, a slot that is taken, a change under way.",
+    409: "The state of things doesn't allow it: an illegal transition, a taken slot, a wrong time, a change under way.",
     410: "The time to do this is over.",
     412: "`ETAG_MISMATCH`: somebody was faster; read again.",
     413: "The body is larger than 1 MiB.",
@@ -227,7 +227,7 @@ class _Document:
         if route.method == "PATCH":
             statuses.add(428)
         for reason in _REASON.findall(text):
-            statuses.add(BY_REASON.get(reason, 400))
+            statuses.add(BY_REASON.get(reason) or (409 if reason in CONFLICTS else 400))
         return {str(status): {"$ref": f"#/components/responses/Error{status}"} for status in sorted(statuses)}
 
     def _parameters(self, route: Route, writes: bool) -> list[Json]:
@@ -492,6 +492,13 @@ def _header(kind: str, text: str, example: Any) -> Json:
     return {"description": text, "schema": {"type": kind}, "example": example}
 
 
+def _reasons(status: int) -> str:
+    """The reasons that the table of reasons gives this status, for the description of it."""
+    reasons = {reason for reason, given in BY_REASON.items() if given == status} | (CONFLICTS if status == 409 else set())
+    listed = ", ".join(f"`{reason}`" for reason in sorted(reasons) if f"`{reason}`" not in _STATUS_TEXT[status])
+    return f" Reasons: {listed}." if listed else ""
+
+
 def _error_response(status: int) -> Json:
     headers: Json = {}
     if status == 401:
@@ -501,7 +508,7 @@ def _error_response(status: int) -> Json:
     if status == 405:
         headers["Allow"] = _header("string", "Methods that the path takes.", "GET, HEAD")
     response: Json = {
-        "description": _STATUS_TEXT[status],
+        "description": f"{_STATUS_TEXT[status]}{_reasons(status)}",
         "content": {
             "application/json": {
                 "schema": {"$ref": "#/components/schemas/Error"},
