@@ -47,6 +47,14 @@ class VisitType(Projected, Base):
     security_labels: Mapped[list[str]] = mapped_column(ARRAY(Text))
 
 
+class Patient(Projected, Base):
+    """Whether somebody has died, as last heard of. Who was never heard of is alive."""
+
+    __tablename__ = "patient"
+
+    deceased: Mapped[bool]
+
+
 class Appointment(Projected, Base):
     """A visit as last heard of. `planned_version` is the schedule version whose reminders stand in the ledger."""
 
@@ -66,16 +74,17 @@ class Appointment(Projected, Base):
 
 async def store(
     db: AsyncSession, model: type[Projected], tenant_id: str, row_id: str, version: int, values: Mapping[str, Any]
-) -> None:
-    """Keep the full state of a clinic or visit type, unless a newer one is there."""
+) -> bool:
+    """Keep the full state of something, unless as new a one is there; answers whether it was kept."""
     statement = insert(model).values(tenant_id=tenant_id, id=row_id, version=version, **values)
-    await db.execute(
+    kept = await db.execute(
         statement.on_conflict_do_update(
             index_elements=[model.tenant_id, model.id],
             set_={name: statement.excluded[name] for name in ("version", *values)},
             where=statement.excluded.version > model.version,
-        )
+        ).returning(model.id)
     )
+    return kept.first() is not None
 
 
 async def visit_row(db: AsyncSession, tenant_id: str, appointment_id: str, patient_id: str) -> Appointment:

@@ -10,7 +10,7 @@ from care.scheduling.v1.directory_pb2 import Clinic as ClinicState
 from care.scheduling.v1.directory_pb2 import VisitType as VisitTypeState
 from care.scheduling.v1.events_pb2 import AppointmentEvent
 from care.type.v1.type_pb2 import ContactPoint
-from sqlalchemy import select
+from sqlalchemy import and_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from chassis import policies
@@ -31,7 +31,7 @@ from services.notifications.message import (
     ReminderStatus,
 )
 from services.notifications.planning import DEFAULT_POLICY, Offset, plan
-from services.notifications.projections import NEVER_PLANNED, Appointment, Clinic, VisitType, store, visit_row
+from services.notifications.projections import NEVER_PLANNED, Appointment, Clinic, Patient, VisitType, store, visit_row
 
 SHIPPED: dict[str, Any] = {
     "offsets": [{"name": each.name, "kind": each.kind, "amount": each.amount} for each in DEFAULT_POLICY],
@@ -43,6 +43,7 @@ SHIPPED: dict[str, Any] = {
 SEND_LOOP = "send"
 # A message that begins in the very second of the change must not overtake its correction.
 _CORRECTION_WAITS = timedelta(seconds=1)
+_DECEASED = "deceased"
 _LEFT = (MessageStatus.IN_PROGRESS, MessageStatus.COMPLETED, MessageStatus.UNKNOWN)
 
 reactions = Reactions()
@@ -109,13 +110,44 @@ async def follow_visit(visit: AppointmentEvent, event: Event, db: AsyncSession) 
     wake_after_commit(db, SEND_LOOP)
 
 
-@reactions.on("patient.deceased", payload=PatientEvent)
-async def fall_silent(patient: PatientEvent, event: Event, db: AsyncSession) -> None:
-    """Nobody deceased is written to; what is in hand already is stopped by the last check."""
-    owned = (Reminder.tenant_id == event.tenant_id, Reminder.patient_id == patient.id)
-    active = select(Reminder).where(*owned, Reminder.status == ReminderStatus.ACTIVE).with_for_update(key_share=True)
-    for reminder in (await db.execute(active)).scalars():
-        reminder.revoke("deceased")
+@reactions.on("patient.registered", "patient.updated", "patient.deceased", payload=PatientEvent)
+async def follow_death(patient: PatientEvent, event: Event, db: AsyncSession) -> None:
+    """Nobody deceased is written to; what is in hand already is stopped by the last check.
+
+    The newest state decides, in whatever order events come: after a correction the reminders of visits that still stand
+    are there again.
+    """
+    dead = event.type == "patient.deceased" or patient.deceased
+    if not dead and (event.type == "patient.registered" or not patient.HasField("deceased")):
+        return  # nothing is older than a registration; an event without the field doesn't say
+    if not await store(db, Patient, event.tenant_id, patient.id, event.version, {"deceased": dead}):
+        return
+    theirs = select(Reminder).where(Reminder.tenant_id == event.tenant_id, Reminder.patient_id == patient.id)
+    if dead:
+        active = theirs.where(Reminder.status == ReminderStatus.ACTIVE).with_for_update(key_share=True)
+        for reminder in (await db.execute(active)).scalars():
+            reminder.revoke(_DECEASED)
+        return
+    revoked = (
+        theirs.join(
+            Appointment,
+            and_(
+                Appointment.tenant_id == Reminder.tenant_id,
+                Appointment.id == Reminder.appointment_id,
+                Appointment.schedule_version == Reminder.schedule_version,
+                Appointment.status == "BOOKED",
+            ),
+        )
+        .where(
+            Reminder.status == ReminderStatus.REVOKED,
+            Reminder.status_reason == _DECEASED,
+            Reminder.due_time > db.info["act"].now,
+        )
+        .with_for_update(of=Reminder, key_share=True)
+    )
+    for reminder in (await db.execute(revoked)).scalars():
+        reminder.restore()
+    wake_after_commit(db, SEND_LOOP)
 
 
 @reactions.on("survey.invited", payload=SurveyEvent)
@@ -155,6 +187,7 @@ async def _plan(db: AsyncSession, row: Appointment, event: Event) -> None:
     offsets = [Offset(**each) for each in policy.settings["offsets"]]
     assert row.start_time is not None
     booked, now = to_time(event.time), db.info["act"].now
+    patient = await db.get(Patient, (row.tenant_id, row.patient_id))
     for planned in plan(offsets, booked, row.start_time, now, row.time_zone or "UTC"):
         at_booking = planned.offset_name in {each.name for each in offsets if each.kind == "at_booking"}
         kind = REMINDER if not at_booking else "appointment-moved" if moved else "appointment-booked"
@@ -179,6 +212,8 @@ async def _plan(db: AsyncSession, row: Appointment, event: Event) -> None:
             security_labels=row.security_labels,
         )
         reminder.move("plan")
+        if patient is not None and patient.deceased:
+            reminder.revoke(_DECEASED)
         db.add(reminder)
     row.planned_version = row.schedule_version
 

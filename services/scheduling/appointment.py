@@ -230,5 +230,15 @@ class DeceasedPatient(Base):
     patient_id: Mapped[str] = mapped_column(Id, primary_key=True)
 
 
+class PatientVersion(Base):
+    """The newest version of a patient that was heard of: what is older says nothing about who has died."""
+
+    __tablename__ = "patient_version"
+
+    tenant_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    patient_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger)
+
+
 def _not_clinic_day() -> FailedPrecondition:
     return FailedPrecondition("NOT_CLINIC_DAY", "This can only be done on the same day in the clinic's zone.")

@@ -2,20 +2,48 @@
 
 from care.events.v1.envelope_pb2 import Event
 from care.patients.v1 import events_pb2 as patients
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from chassis.reactions import Reactions
 from services.scheduling import occupancy
-from services.scheduling.appointment import DECEASED, Appointment, DeceasedPatient, Status
+from services.scheduling.appointment import DECEASED, Appointment, DeceasedPatient, PatientVersion, Status
 
 reactions = Reactions()
 
 
-@reactions.on("patient.deceased", payload=patients.PatientEvent)
-async def stop_visits(patient: patients.PatientEvent, event: Event, db: AsyncSession) -> None:
-    """Nothing more is booked, and what lies ahead is cancelled. Once and for all: any order gives the same.
+@reactions.on("patient.registered", "patient.updated", "patient.deceased", payload=patients.PatientEvent)
+async def follow_death(patient: patients.PatientEvent, event: Event, db: AsyncSession) -> None:
+    """Who has died is a projection: the newest state decides, and an older event changes nothing.
+
+    A correction lets bookings go on; what the death has cancelled stays cancelled.
+    """
+    dead = event.type == "patient.deceased" or patient.deceased
+    if not dead and (event.type == "patient.registered" or not patient.HasField("deceased")):
+        return  # nothing is older than a registration; an event without the field doesn't say
+    statement = insert(PatientVersion).values(tenant_id=event.tenant_id, patient_id=patient.id, version=event.version)
+    newer = await db.execute(
+        statement.on_conflict_do_update(
+            index_elements=[PatientVersion.tenant_id, PatientVersion.patient_id],
+            set_={"version": statement.excluded.version},
+            where=statement.excluded.version > PatientVersion.version,
+        ).returning(PatientVersion.version)
+    )
+    if newer.first() is None:
+        return
+    if dead:
+        await _stop_visits(patient, event, db)
+    else:
+        await db.execute(
+            delete(DeceasedPatient).where(
+                DeceasedPatient.tenant_id == event.tenant_id, DeceasedPatient.patient_id == patient.id
+            )
+        )
+
+
+async def _stop_visits(patient: patients.PatientEvent, event: Event, db: AsyncSession) -> None:
+    """Nothing more is booked, and what lies ahead is cancelled.
 
     The patient's row is locked against bookings under way: each has either committed, and is cancelled here, or finds
     the patient dead when it takes its time.

@@ -118,6 +118,37 @@ async def test_nobody_deceased_keeps_reminders(world, clinic, visit_type):
     assert {row.status_reason for row in rows[1:]} == {"deceased"}
 
 
+async def test_a_corrected_death_brings_reminders_back_and_an_older_one_takes_nothing(world, clinic, visit_type):
+    patient_id, _, _ = await world.patient()
+    visit = await world.visit(patient_id, clinic, visit_type)
+    await world.planned(visit, 3)
+
+    async def hear(kind, version, deceased):
+        payload = PatientEvent(id=patient_id, deceased=deceased)
+        await world.tell(f"patient.{kind}", payload, aggregate_id=patient_id, patient_id=patient_id, version=version)
+
+    await hear("deceased", 5, True)
+    await eventually(lambda: world.reminders(visit), lambda rows: rows[1].status is ReminderStatus.REVOKED)
+    await hear("updated", 6, False)
+    rows = await eventually(lambda: world.reminders(visit), lambda rows: rows[1].status is ReminderStatus.ACTIVE)
+    assert {row.status for row in rows[1:]} == {ReminderStatus.ACTIVE}
+    await hear("deceased", 4, True)
+    await hear("updated", 7, False)
+    await asyncio.sleep(0.3)
+    assert {row.status for row in (await world.reminders(visit))[1:]} == {ReminderStatus.ACTIVE}
+
+
+async def test_nobody_who_was_dead_when_imported_gets_a_reminder(world, clinic, visit_type):
+    patient_id, number, _ = await world.patient()
+    payload = PatientEvent(id=patient_id, deceased=True)
+    await world.tell("patient.registered", payload, aggregate_id=patient_id, patient_id=patient_id)
+    await asyncio.sleep(0.3)
+    visit = await world.visit(patient_id, clinic, visit_type)
+    rows = await world.planned(visit, 3)
+    assert {(row.status, row.status_reason) for row in rows} == {(ReminderStatus.REVOKED, "deceased")}
+    assert world.sms.texts(number) == []
+
+
 async def test_staff_of_the_clinic_list_reminders_and_messages_and_others_see_none(world, clinic, visit_type):
     here, read = clinic.id, ["reminders.read", "messages.read"]
     await world.harness.staff("nora", read, clinics=[here])

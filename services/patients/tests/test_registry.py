@@ -3,8 +3,9 @@
 import asyncio
 
 import pytest
+from care.events.v1.envelope_pb2 import Event
+from care.patients.v1 import events_pb2, staff_pb2
 from care.patients.v1 import patients_pb2 as pb
-from care.patients.v1 import staff_pb2
 from care.patients.v1.patients_pb2_grpc import PatientsServiceStub
 from care.patients.v1.staff_pb2_grpc import PoolsServiceStub, StaffServiceStub
 
@@ -206,3 +207,41 @@ async def test_a_staff_member_whose_login_is_switched_off_is_a_stranger(harness,
     with pytest.raises(Problem) as off:
         await patients(harness, "GetPatient", pb.GetPatientRequest(id=new_id()), "nora")
     assert off.value.reason == "LOGIN_INACTIVE"
+
+
+async def test_events_say_whether_the_patient_has_died_as_of_their_version(harness, clinics):
+    here, _ = clinics
+    pool = staff_pb2.CreatePoolRequest(pool=staff_pb2.Pool(name="coordination", purpose="coordination"))
+    await harness.call("patients", PoolsServiceStub, "CreatePool", pool, "cora")
+    patient = a_patient(family="Sørli")
+    patient.deceased = True
+    request = pb.CreatePatientRequest(patient=patient, clinic_id=here, confirm_new=True)
+    patient = await patients(harness, "CreatePatient", request)
+    for deceased in (False, True, False):
+        patient = await patients(
+            harness,
+            "UpdatePatient",
+            pb.UpdatePatientRequest(
+                patient={"id": patient.id, "deceased": deceased}, update_mask={"paths": ["deceased"]}, etag=patient.etag
+            ),
+        )
+    reader = harness.bus.reader(f"test-{new_id()}", ["care.patients"])
+    await reader.start()
+    states = []
+    async with asyncio.timeout(10):
+        while len(states) < 5:
+            for records in (await reader.fetch(500, 0.2)).values():
+                for event in (Event.FromString(record.value) for record in records):
+                    if event.aggregate_id == patient.id and event.payload_type == "care.patients.v1.PatientEvent":
+                        payload = events_pb2.PatientEvent.FromString(event.payload)
+                        assert payload.HasField("deceased")
+                        states.append((event.type.partition(".")[2], payload.deceased, event.version))
+    await reader.stop()
+    assert [state[:2] for state in states] == [
+        ("registered", True),
+        ("updated", False),
+        ("deceased", True),
+        ("updated", True),
+        ("updated", False),
+    ]
+    assert sorted(each[2] for each in states) == [each[2] for each in states]

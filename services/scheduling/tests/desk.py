@@ -177,7 +177,7 @@ class Desk:
         events = [Event.FromString(row["value"]) for row in rows]
         return [(one.type, events_pb2.AppointmentEvent.FromString(one.payload)) for one in events]
 
-    async def hear(self, kind, patient_id):
+    async def hear(self, kind, patient_id, version=7, **state):
         """An event of patients, as the service hears it from the bus."""
         told = Event(
             id=new_id(),
@@ -185,12 +185,26 @@ class Desk:
             tenant_id=self.harness.tenant_id,
             aggregate_id=patient_id,
             patient_id=patient_id,
-            version=7,
+            version=version,
             payload_type="care.patients.v1.PatientEvent",
-            payload=patients_pb2.PatientEvent(id=patient_id).SerializeToString(),
+            payload=patients_pb2.PatientEvent(id=patient_id, **state).SerializeToString(),
         )
         told.time.GetCurrentTime()
         await self.harness.bus.append("care.patients", [Message(patient_id, told.SerializeToString())])
+
+    async def heard(self, patient_id, version):
+        """Wait until a patient's state of this version was taken."""
+        await self._until("SELECT 1 FROM patient_version WHERE patient_id = :id AND version >= :version",
+                          True, id=patient_id, version=version)  # fmt: skip
+
+    async def until_known_dead(self, patient_id, dead=True):
+        """Wait until a patient is, or no longer is, known to have died."""
+        await self._until("SELECT 1 FROM deceased_patient WHERE patient_id = :id", dead, id=patient_id)
+
+    async def _until(self, statement, found, **values):
+        async with asyncio.timeout(10):
+            while bool(await self.sql(statement, **values)) is not found:
+                await asyncio.sleep(0.02)
 
 
 # Practitioner by time with buffers, room, and patient; what shares a time by permission is left out.

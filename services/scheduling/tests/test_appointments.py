@@ -478,6 +478,35 @@ async def test_a_death_cancels_what_lies_ahead_and_nothing_more_is_booked(desk):
     assert await refused(desk.move(past, when())) == "PATIENT_DECEASED"
 
 
+async def test_a_death_that_was_corrected_lets_bookings_go_on_in_any_order(desk):
+    after, before = await desk.a_patient(), await desk.a_patient()
+    await desk.hear("patient.deceased", after, version=5, deceased=True)
+    await desk.until_known_dead(after)
+    await desk.hear("patient.updated", after, version=6, deceased=False)
+    await desk.until_known_dead(after, False)
+    assert (await desk.book(after, when())).status == Status.BOOKED
+    # The correction first, then the older death.
+    await desk.hear("patient.updated", before, version=6, deceased=False)
+    await desk.heard(before, 6)
+    visit = await desk.book(before, when())
+    await desk.hear("patient.deceased", before, version=5, deceased=True)
+    await desk.hear("patient.updated", before, version=7)  # of an older build: it doesn't say
+    await desk.hear("patient.updated", before, version=8, deceased=False)
+    await desk.heard(before, 8)
+    kept = await desk("GetAppointment", pb.GetAppointmentRequest(id=visit.id))
+    assert kept.status == Status.BOOKED
+    assert (await desk.book(before, when())).status == Status.BOOKED
+
+
+async def test_nothing_is_booked_for_somebody_who_was_dead_when_imported(desk):
+    registered, upserted = await desk.a_patient(), await desk.a_patient()
+    await desk.hear("patient.registered", registered, version=2, deceased=True)
+    await desk.hear("patient.updated", upserted, version=4, deceased=True)
+    for patient in (registered, upserted):
+        await desk.until_known_dead(patient)
+        assert await refused(desk.book(patient, when())) == "PATIENT_DECEASED"
+
+
 async def test_no_booking_slips_past_a_death_that_is_being_recorded(desk):
     patients = [await desk.a_patient() for _ in range(8)]
 
