@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -64,6 +64,8 @@ class Service:
     reasons: Reasons = field(default_factory=dict)
     owns_access: bool = False
     settings: type[Settings] = Settings
+    warm: Sequence[Callable[[], None]] = ()
+    """What would be slow at its first use. Done in a thread before anything is heard or served."""
 
     def __post_init__(self) -> None:
         if not self.owns_access:
@@ -187,6 +189,8 @@ class Server:
         await migrations.wait_for_schema(self.database.engine, self.service.migrations, self.telemetry.log)
         await self._reach_bus()
         await self.database.start()
+        for each in self.service.warm:
+            await asyncio.to_thread(each)
         await self.relay.start()
         for loop in self.service.loops:
             self.runtime.loops[loop.name] = loop.start(self.runtime)

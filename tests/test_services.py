@@ -11,6 +11,7 @@ from care.access.v1 import access_pb2
 from care.options.v1 import options_pb2
 from google.protobuf.descriptor import Descriptor
 
+from chassis import calendar
 from chassis.model import Living
 from chassis.settings import Settings
 from gateway.contract import comments, files
@@ -178,6 +179,19 @@ def test_a_message_of_a_problem_holds_no_value() -> None:
 
 
 # -- walls -------------------------------------------------------------------------------------------------------------
+
+
+@every_service
+def test_a_service_that_looks_at_holidays_has_their_calendar_warmed(name: str) -> None:
+    looks = {"add_business_days", "is_business_day", "is_holiday"}
+    imported = {
+        alias.name
+        for _, module in sources(f"services/{name}")
+        for node in ast.walk(module)
+        if isinstance(node, ast.ImportFrom) and node.module == "chassis.calendar"
+        for alias in node.names
+    }
+    assert (calendar.warm in SERVICES[name].warm) == bool(imported & looks)
 
 
 @every_service

@@ -1,6 +1,9 @@
 """Business days and local windows, on holidays, weekends and the days on which clocks change."""
 
+import subprocess
+import sys
 from datetime import UTC, date, datetime, time, timedelta
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -16,6 +19,7 @@ from chassis.calendar import (
     next_local_time_in_window,
 )
 
+ROOT = Path(__file__).parents[2]
 ZONES = [
     "America/New_York",
     "America/Phoenix",
@@ -128,6 +132,24 @@ def test_in_a_repeated_hour_the_second_opening_counts_once_the_first_is_over() -
     assert next_local_time_in_window(second_ten_past_one, [EAST], time(1, 30), time(1, 45)) == datetime(
         2026, 11, 1, 6, 30, tzinfo=UTC
     )
+
+
+def test_warming_pays_for_the_first_look_at_any_region() -> None:
+    # A process of its own, since here somebody has looked already; CPU time, since the machine may be busy.
+    code = """if True:
+        from datetime import date
+        from time import process_time
+        from chassis import calendar
+        began = process_time()
+        calendar.warm()
+        warmed = process_time()
+        calendar.is_business_day(date(2026, 7, 2), "US-MA")
+        calendar.is_holiday(date(2027, 7, 5), "US-CA")
+        print(warmed - began, process_time() - warmed)
+    """
+    answer = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    warming, later = map(float, answer.stdout.split())
+    assert later < warming / 4, answer.stdout
 
 
 def test_zones_without_a_common_hour_have_no_next_instant() -> None:

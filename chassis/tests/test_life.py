@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
@@ -72,6 +74,21 @@ def newer(tmp_path: Path) -> Path:
         'def upgrade():\n    op.execute("CREATE TABLE more (id int)")\n'
     )
     return tmp_path
+
+
+async def test_what_is_slow_at_first_is_done_in_a_thread_before_anything_is_served(database: Any) -> None:
+    small = Small(Harness(database), name="feedback")
+    seen: list[tuple[bool, int]] = []
+
+    def slow() -> None:
+        (server,) = small.harness.servers.values()
+        seen.append((threading.current_thread() is threading.main_thread(), server.port))
+        assert server.runtime.loops == {}
+
+    await small.harness.start(dataclasses.replace(small.service, warm=(slow,)))
+    assert seen == [(False, 0)]
+    assert await health_of(small.server.health_port) == SERVING
+    await small.harness.stop()
 
 
 async def test_a_service_waits_for_the_schema_that_it_needs_and_starts_on_a_newer_one(

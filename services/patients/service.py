@@ -5,6 +5,7 @@ from pathlib import Path
 from care.access.v1 import access_pb2
 from care.patients.v1 import consents_pb2, events_pb2, patients_pb2, staff_pb2, tasks_pb2, timeline_pb2
 
+from chassis import calendar
 from chassis.errors import AlreadyExists
 from chassis.service import Service
 from chassis.timers import Loop
@@ -45,6 +46,7 @@ SERVICE = Service(
         "task": events_pb2.TaskEvent,
     },
     reactions=reactions,
+    warm=(calendar.warm,),
     # Its own topic too: the timeline has one way in for all services' events.
     hears=("scheduling", "referrals", "notifications", "feedback", "patients"),
     loops=(Loop("heartbeat", beat, every=lambda settings: settings.heartbeat_interval),),

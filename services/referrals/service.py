@@ -4,6 +4,7 @@ from pathlib import Path
 
 from care.referrals.v1 import events_pb2, referrals_pb2
 
+from chassis import calendar
 from chassis.errors import AlreadyExists
 from chassis.service import Service
 from chassis.timers import Loop
@@ -18,6 +19,7 @@ SERVICE = Service(
     servicers={referrals_pb2.DESCRIPTOR.services_by_name["ReferralsService"]: ReferralsServicer()},
     payloads={"referral": events_pb2.ReferralEvent},
     reactions=reactions,
+    warm=(calendar.warm,),
     hears=("scheduling",),
     loops=(Loop(OVERDUE, tell_overdue, every=5.0),),
     reasons={

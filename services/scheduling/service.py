@@ -4,6 +4,7 @@ from pathlib import Path
 
 from care.scheduling.v1 import appointments_pb2, directory_pb2, events_pb2
 
+from chassis import calendar
 from chassis.errors import AlreadyExists
 from chassis.service import Service
 from chassis.timers import Loop
@@ -44,6 +45,7 @@ SERVICE = Service(
         "hold": events_pb2.AppointmentEvent,
     },
     reactions=reactions,
+    warm=(calendar.warm,),
     loops=(Loop("hold expiry", expire_holds, every=1.0),),
     settings=SchedulingSettings,
     reasons={
