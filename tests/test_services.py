@@ -259,7 +259,13 @@ def test_the_shipped_limits_are_these() -> None:
     own["gateway"] = _limits(GatewaySettings, beyond=Settings)
     assert own == {
         "patients": {},
-        "scheduling": {"hold_default": 300, "offer_lifetime": 900, "no_show_grace": 900, "walk_in": 900},
+        "scheduling": {
+            "hold_default": 300,
+            "offer_lifetime": 900,
+            "no_show_grace": 900,
+            "walk_in": 900,
+            "occupancy_kept": 604_800,
+        },
         "referrals": {},
         "notifications": {
             "sms_rate": 50.0,

@@ -21,6 +21,7 @@ from services.scheduling.servicer_directory import (
     VisitTypesServicer,
 )
 from services.scheduling.settings import SchedulingSettings
+from services.scheduling.tidying import EVERY_SECONDS, delete_old_occupancy
 
 SERVICE = Service(
     name="scheduling",
@@ -46,7 +47,10 @@ SERVICE = Service(
     },
     reactions=reactions,
     warm=(calendar.warm,),
-    loops=(Loop("hold expiry", expire_holds, every=1.0),),
+    loops=(
+        Loop("hold expiry", expire_holds, every=1.0),
+        Loop("old occupancy", delete_old_occupancy, every=EVERY_SECONDS),
+    ),
     settings=SchedulingSettings,
     reasons={
         "occupancy_taken": (AlreadyExists, "SLOT_TAKEN", "This time is taken; search for another one."),

@@ -1,5 +1,7 @@
 """What a deployment may set about booking."""
 
+from pydantic import Field
+
 from chassis.settings import Settings
 
 
@@ -14,3 +16,5 @@ class SchedulingSettings(Settings):
     """After the start; nobody is marked as a no-show before it is over."""
     walk_in: float = 900
     """Staff may still book a start that is past by so much, unless the visit type wants notice."""
+    occupancy_kept: float = Field(default=7 * 86400, ge=2 * 86400)
+    """Who and what was taken is deleted so long after its end; not before the clinic's day is over everywhere."""

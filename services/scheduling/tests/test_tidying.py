@@ -1,0 +1,75 @@
+"""Old occupancy goes, whatever lies ahead or is still of use stays, and nobody waits for it."""
+
+import asyncio
+from datetime import timedelta
+
+from sqlalchemy import text
+
+from services.scheduling import tidying
+from services.scheduling.service import SERVICE
+from services.scheduling.settings import SchedulingSettings
+from services.scheduling.tests.desk import soon
+
+# Lets a visit end so many seconds before now. What is packed stays within its resource and lane.
+AGE = """
+UPDATE occupancy SET during = int8range(at - 1800, at) FROM (
+  SELECT o.holder_id AS holder, o.no AS number,
+         (o.no << 34) + (o.lane << 32) + extract(epoch FROM clock_timestamp())::bigint - :seconds AS at
+    FROM occupancy o) AS moved
+ WHERE holder = holder_id AND number = no AND holder_id = :id
+"""
+WEEK = 7 * 86400
+
+
+async def kept(desk, *visits):
+    rows = await desk.sql("SELECT DISTINCT holder_id::text FROM occupancy")
+    return [one.id in {row[0] for row in rows} for one in visits]
+
+
+async def a_visit(desk, hour, ended=None, practitioner=""):
+    made = await desk.book(await desk.a_patient(), soon(days=3, hour=0) + timedelta(hours=hour), practitioner)
+    if ended is not None:
+        await desk.sql(AGE, id=made.id, seconds=ended)
+    return made
+
+
+async def tidy(desk):
+    return await tidying.delete_old_occupancy(desk.harness.servers["scheduling"].runtime)
+
+
+async def test_what_ended_a_week_ago_is_deleted_and_nothing_else(desk):
+    long_ago, just_over = await a_visit(desk, 0, 300 * 86400), await a_visit(desk, 1, WEEK + 60)
+    not_yet, ahead = await a_visit(desk, 2, WEEK - 60, desk.other), await a_visit(desk, 3)
+    await desk.sql("UPDATE occupancy SET lane = 3, during = int8range(lower(during) + (3::bigint << 32),"
+                   " upper(during) + (3::bigint << 32)) WHERE holder_id = :id", id=just_over.id)  # fmt: skip
+    assert await tidy(desk) == 4  # the doctor's and the patient's of both
+    assert await kept(desk, long_ago, just_over, not_yet, ahead) == [False, False, True, True]
+    assert await tidy(desk) == 0
+
+
+async def test_it_goes_in_batches(desk, monkeypatch):
+    monkeypatch.setattr(tidying, "BATCH", 3)
+    for hour in (10, 11):
+        await a_visit(desk, hour, WEEK * 2 + 4000 * hour)
+    assert [await tidy(desk) for _ in range(3)] == [3, 1, 0]
+
+
+async def test_neither_a_booking_nor_another_replica_waits_for_it(desk):
+    for hour in (20, 21):
+        await a_visit(desk, hour, WEEK * 3 + 4000 * hour)
+    async with desk.database.engine.connect() as other, asyncio.timeout(5):
+        await other.execute(tidying._DELETE, {"kept": timedelta(seconds=WEEK), "most": 3})
+        assert await tidy(desk) == 1  # the one that the other has not in hand
+        await a_visit(desk, 22)
+        await other.rollback()
+    # Nor does it wait for a visit whose rows somebody has locked.
+    async with desk.database.engine.connect() as other, asyncio.timeout(5):
+        await other.execute(text("SELECT FROM occupancy FOR UPDATE"))
+        assert await tidy(desk) == 0
+        await other.rollback()
+    assert await tidy(desk) == 3
+
+
+async def test_the_service_runs_it_and_its_setting_is_a_week():
+    assert "old occupancy" in {loop.name for loop in SERVICE.loops}
+    assert SchedulingSettings.model_fields["occupancy_kept"].default == WEEK
