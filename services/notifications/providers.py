@@ -71,7 +71,7 @@ class HttpSms:
     def __init__(self, settings: NotificationsSettings) -> None:
         self._url = f"{settings.sms_url.rstrip('/')}/2010-04-01/Accounts/{settings.sms_account}/Messages.json"
         self._from = settings.sms_from
-        self._callback = settings.sms_callback_url or f"{settings.link_base_url.rstrip('/')}/callbacks/sms"
+        self._callback = settings.sms_callback_url.rstrip("/")
         limits = httpx2.Limits(
             max_connections=settings.provider_connections, max_keepalive_connections=settings.provider_connections
         )
@@ -96,8 +96,9 @@ class HttpSms:
             "To": parcel.to,
             "From": self._from,
             "Body": parcel.text.strip(),
-            "StatusCallback": f"{self._callback}/{parcel.message_id}",
         }
+        if self._callback:  # nothing here answers one: without a receiver of one's own, a dead address would be called
+            form["StatusCallback"] = f"{self._callback}/{parcel.message_id}"
         try:
             answer = await self._client.post(self._url, data=form, extensions={"trace": trace})
         except _TooOld:

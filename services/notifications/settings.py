@@ -17,7 +17,7 @@ class NotificationsSettings(Settings):
     sms_token: str = Field(default="", repr=False)
     sms_from: str = ""
     sms_callback_url: str = ""
-    """Where the provider tells what came of a message; `{link_base_url}/callbacks/sms` where empty."""
+    """Base URL of a receiver of one's own that the provider tells what came of a message; none is told where empty."""
 
     sms_rate: float = Field(default=50.0, gt=0)
     """Calls per second and replica."""

@@ -70,6 +70,14 @@ async def test_what_the_sms_provider_answers_is_judged(sms, fault, kind, code):
     await client.close()
 
 
+async def test_only_a_receiver_that_was_set_is_told_to_the_provider(sms):
+    for set_to, told in (("", None), ("https://hook.test/sms/", "https://hook.test/sms/m-1")):
+        client = HttpSms(settings(sms_url=sms.url, sms_callback_url=set_to, link_base_url="http://care.test"))
+        assert (await client.send(TEXT._replace(message_id="m-1"), yes)).kind == "accepted"
+        assert sms.calls[-1][1].get("StatusCallback") == told
+        await client.close()
+
+
 async def test_a_provider_that_cannot_be_reached_has_surely_not_taken_it():
     port = nobody_there()
     sms, mail = (
