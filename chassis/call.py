@@ -14,7 +14,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 from chassis.access import Caller, NeedSubject, visible
 from chassis.errors import Aborted, FailedPrecondition, Invalid, NotFound, PermissionDenied
 from chassis.model import Act, Aggregate, by_id
-from chassis.reading import Reading, Unfit
+from chassis.reading import Reading, Rows, Unfit
 from chassis.wire import etag_of
 
 if TYPE_CHECKING:
@@ -107,9 +107,17 @@ class Call:
 
     def select(self, model: type[A]) -> Select[tuple[A]]:
         """Rows of a model that the caller may see; narrow it with `.where`. Not for rows out of a link."""
-        statements = self.runtime.database.statements
         if model.subject_field is None or self.caller.kind == "system":
-            return statements.begin(model, select(model).where(model.tenant_id == self.tenant_id))
+            return select(model).where(model.tenant_id == self.tenant_id)
+        return self._joined(model).where(
+            model.tenant_id == self.tenant_id,
+            visible(model.__tablename__, self._sure(model)),  # type: ignore[attr-defined]
+        )
+
+    def _sure(self, model: type[A]) -> dict[str, Any]:
+        """What a query for several rows is bound to. Raises NeedSubject where the projection is too old to say no."""
+        if model.subject_field is None or self.caller.kind == "system":
+            return {}
         self._refuse_link()
         conditions = self._conditions()
         if not conditions["plain"] and not self.confirmed:
@@ -117,13 +125,7 @@ class Call:
             if not named:
                 self.runtime.refuse_stale()
             raise NeedSubject(named, stale=True)
-        return statements.begin(
-            model,
-            self._joined(model).where(
-                model.tenant_id == self.tenant_id,
-                visible(model.__tablename__, conditions),  # type: ignore[attr-defined]
-            ),
-        )
+        return conditions
 
     def _joined(self, model: type[A]) -> Select[tuple[A]]:
         subject = self.runtime.access.tables.subject
@@ -161,7 +163,7 @@ class Call:
         """
         unsure = model.subject_field is not None and self._unsure() and not self.confirmed
         # Not sure enough to say no: whom the id is about is confirmed first, alike for one that doesn't exist.
-        found = None if unsure else await self.one(model, by_id(model, self.tenant_id, row_id))
+        found = None if unsure else await self._by_id(model, row_id)
         if found is None:
             raise await self._out_of_sight(model, row_id, what)
         self.saw(found.subject_id)
@@ -179,24 +181,21 @@ class Call:
             if not subjects:
                 return None
             raise NeedSubject(subjects, stale=True)
-        if self._reading is not None:
-            with contextlib.suppress(Unfit):
-                return await self._one_short(model, where)
         query = self.select(model)
         if self.method.writes:
             query = query.with_for_update(of=model, key_share=True)
         return (await self.db.execute(query.where(*where))).scalar_one_or_none()
 
-    async def _one_short(self, model: type[A], where: Sequence[ColumnElement[bool]]) -> A | None:
-        assert self._reading is not None
-        if model.subject_field is not None:
-            self._refuse_link()
-        rows = await self.runtime.database.statements.fetch(
-            self._reading, model, lambda: self._base(model), self._named(model), where
-        )
-        if len(rows) > 1:
-            raise Unfit
-        return rows[0] if rows else None
+    async def _by_id(self, model: type[A], row_id: str) -> A | None:
+        if self._reading is not None:
+            if model.subject_field is not None:
+                self._refuse_link()
+            with contextlib.suppress(Unfit):
+                rows = await self.runtime.database.statements.fetch(
+                    self._reading, Rows(model).equal(model.id, row_id), lambda: self._base(model), self._named(model)
+                )
+                return rows[0] if rows else None
+        return await self.one(model, by_id(model, self.tenant_id, row_id))
 
     def tenant_wide(self, model: type[A]) -> Select[tuple[A]]:
         """Rows of the whole tenant, for RPCs whose rule says so. Note what is shown with `saw`."""
@@ -262,14 +261,14 @@ class Call:
 
     async def page(
         self,
-        query: Select[tuple[A]],
+        wanted: Rows[A],
         request: Message,
         *order: InstrumentedAttribute[Any],
         descending: bool = False,
         default: int = 50,
         most: int = 200,
     ) -> tuple[list[A], str]:
-        """One page of `query` in `order` (all columns the same way, the last one unique), and the next page's token.
+        """A page of what the caller may see, in `order` (all columns one way, the last one unique), and the next page's token.
 
         Reads `page_size` and `page_token` of the request; a size out of bounds is coerced. Keyset: a page stays right
         while others write. Raises Invalid `PAGE_TOKEN_INVALID` for a token of another query.
@@ -277,6 +276,7 @@ class Call:
         size = min(max(getattr(request, "page_size", 0) or default, 1), most)
         token = getattr(request, "page_token", "")
         rows: list[A] | None = None
+        key: ColumnElement[bool] | None = None
         if token:
             shape = _shape(request)
             opened = self.runtime.page_signer.open(token)
@@ -286,12 +286,15 @@ class Call:
                     "The page token is not of this query; begin with the first page.",
                     field="page_token",
                 )
-            key = tuple_(*[_read_key(column, value) for column, value in zip(order, opened[1:], strict=True)])
-            query = query.where(tuple_(*order) < key if descending else tuple_(*order) > key)
+            last = tuple_(*[_read_key(column, value) for column, value in zip(order, opened[1:], strict=True)])
+            key = tuple_(*order) < last if descending else tuple_(*order) > last
         elif self._reading is not None:
             with contextlib.suppress(Unfit):
-                rows = await self._page_short(query, order, descending, size + 1)
+                rows = await self._page_short(wanted, order, descending, size + 1)
         if rows is None:
+            query = wanted.narrow(self.select(wanted.model))
+            if key is not None:
+                query = query.where(key)
             query = query.order_by(*[column.desc() if descending else column for column in order]).limit(size + 1)
             rows = list((await self.db.execute(query)).scalars())
         if not rows and not token:
@@ -299,24 +302,22 @@ class Call:
         following = ""
         if len(rows) > size:
             rows = rows[:size]
-            last = [getattr(rows[-1], column.key) for column in order]
-            following = self.runtime.page_signer.sign([_shape(request), *last])
+            ends = [getattr(rows[-1], column.key) for column in order]
+            following = self.runtime.page_signer.sign([_shape(request), *ends])
         for row in rows:
             self.saw(row.subject_id)
         return rows, following
 
     async def _page_short(
-        self, query: Select[tuple[A]], order: Sequence[InstrumentedAttribute[Any]], descending: bool, limit: int
+        self, wanted: Rows[A], order: Sequence[InstrumentedAttribute[Any]], descending: bool, limit: int
     ) -> list[A]:
         assert self._reading is not None
-        statements = self.runtime.database.statements
-        model, clauses = statements.since_begin(query)
-        return await statements.fetch(
+        self._sure(wanted.model)
+        return await self.runtime.database.statements.fetch(
             self._reading,
-            model,
-            lambda: self._base(model),
-            self._named(model),
-            clauses,
+            wanted,
+            lambda: self._base(wanted.model),
+            self._named(wanted.model),
             order=order,
             descending=descending,
             limit=limit,

@@ -5,27 +5,36 @@ know how to do raises `Unfit`, and the caller goes the long way.
 """
 
 import asyncio
+import operator
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from enum import Enum as PythonEnum
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import orjson
-from sqlalchemy import ARRAY, ColumnElement, Integer, Select, Uuid, all_, any_, bindparam, select
+from sqlalchemy import (
+    ARRAY,
+    ClauseElement,
+    ColumnElement,
+    Integer,
+    Select,
+    TextClause,
+    Uuid,
+    all_,
+    any_,
+    bindparam,
+    select,
+)
 from sqlalchemy import Enum as EnumType
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Mapper
 from sqlalchemy.orm.attributes import QueryableAttribute
 from sqlalchemy.orm.interfaces import ONETOMANY
-from sqlalchemy.sql import operators
-from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList
 
 _RECYCLE = 1800.0
 _SHAPES_AT_MOST = 500
-_SIMPLE = frozenset((operators.eq, operators.ne, operators.lt, operators.le, operators.gt, operators.ge))
-_LISTED: Mapping[Any, str] = {operators.in_op: "in", operators.not_in_op: "not in"}
 _NOT_OURS = ("_sa_", "__")
 
 _TOGETHER = (16, 8, 4, 2, 1)
@@ -34,6 +43,11 @@ _PARAMETER = re.compile(r"\$(\d+)")
 Process = Callable[[Any], Any]
 Values = Sequence[Any]
 """A row, in the order of the statement's columns."""
+
+
+M = TypeVar("M")
+Column = QueryableAttribute[Any]
+Compare = Callable[[Any, Any], Any]
 
 
 class Unfit(Exception):
@@ -235,6 +249,84 @@ class _Children(NamedTuple):
     parent: str
 
 
+class Rows(Generic[M]):
+    """Rows of a model under a request's filters, kept as data: which query it is is known without building one.
+
+    A filter whose value is absent (None, "", no values) filters nothing, like the field of a request that isn't set.
+    """
+
+    __slots__ = ("model", "terms", "values")
+
+    def __init__(self, model: type[M]) -> None:
+        self.model = model
+        self.terms: list[Any] = []
+        self.values: list[Any] = []
+
+    def equal(self, column: Column, value: Any) -> Self:
+        """The column is the value."""
+        return self._add(operator.eq, column, value) if value not in (None, "") else self
+
+    def since(self, column: Column, value: Any) -> Self:
+        """The column is the value or later."""
+        return self._add(operator.ge, column, value) if value is not None else self
+
+    def before(self, column: Column, value: Any) -> Self:
+        """The column is less than the value."""
+        return self._add(operator.lt, column, value) if value is not None else self
+
+    def among(self, column: Column, values: Sequence[Any]) -> Self:
+        """The column is one of the values."""
+        return self._add(_among, column, list(values)) if values else self
+
+    def outside(self, column: Column, values: Sequence[Any]) -> Self:
+        """The column is none of the values."""
+        return self._add(_outside, column, list(values)) if values else self
+
+    def overlap(self, column: Column, values: Sequence[Any]) -> Self:
+        """The column, a list, has one of the values."""
+        return self._add(_overlap, column, list(values)) if values else self
+
+    def where(self, clause: ColumnElement[bool] | TextClause) -> Self:
+        """A condition without values; made once at import, since it is known again by its identity."""
+        self.terms.append(clause)
+        return self
+
+    def _add(self, compare: Compare, column: Column, value: Any) -> Self:
+        self.terms += (compare, column)
+        self.values.append(value)
+        return self
+
+    def narrow(self, query: Select[Any], names: Sequence[str] = ()) -> Select[Any]:
+        """The query under these filters; with `names` instead of the values where they are given."""
+        terms, given = iter(self.terms), iter(self.values if not names else names)
+        for term in terms:
+            if isinstance(term, ClauseElement):
+                query = query.where(term)  # type: ignore[arg-type]
+                continue
+            column, value = next(terms), next(given)
+            query = query.where(term(column, _parameter(term, column, value, named=bool(names))))
+        return query
+
+
+def _parameter(compare: Compare, column: Column, value: Any, *, named: bool) -> Any:
+    kind = column.type
+    if compare in (_among, _outside):
+        kind = ARRAY(kind)
+    return bindparam(value, type_=kind) if named else bindparam(None, value, type_=kind)
+
+
+def _among(column: Any, values: Any) -> Any:
+    return column == any_(values)
+
+
+def _outside(column: Any, values: Any) -> Any:
+    return column != all_(values)
+
+
+def _overlap(column: Any, values: Any) -> Any:
+    return column.overlap(values)
+
+
 class Statements:
     """Compiled shapes of queries of one service."""
 
@@ -252,60 +344,33 @@ class Statements:
             found = self._joined[model] = make()
         return found
 
-    @staticmethod
-    def begin(model: type, query: Select[Any]) -> Select[Any]:
-        """Mark what a query is when a servicer gets it, so that `since_begin` sees what the servicer added."""
-        # SQLAlchemy's queries take their attributes along whenever something is added to them.
-        query.__dict__["_care_begin"] = (model, {**query.__dict__})
-        return query
-
-    @staticmethod
-    def since_begin(query: Select[Any]) -> tuple[type, Sequence[ColumnElement[bool]]]:
-        """The model, and the conditions that were added. Raises Unfit where anything else was, or nothing is known."""
-        now = query.__dict__
-        begun = now.get("_care_begin")
-        if begun is None:
-            raise Unfit
-        model, then = begun
-        for name, value in now.items():
-            if then.get(name) is not value and name not in ("_care_begin", "_where_criteria"):
-                raise Unfit
-        return model, now["_where_criteria"][len(then["_where_criteria"]) :]
-
     async def fetch(
         self,
         reading: Reading,
-        model: type,
+        rows: Rows[M],
         base: Callable[[], Select[Any]],
         named: Mapping[str, Any],
-        clauses: Sequence[ColumnElement[bool]],
         *,
-        order: Sequence[QueryableAttribute[Any]] = (),
+        order: Sequence[Column] = (),
         descending: bool = False,
         limit: int = 0,
-    ) -> list[Any]:
-        """Rows of a model under `base` (whose parameters are among `named`) and further clauses. Raises Unfit."""
-        mapper: Mapper[Any] = model.__mapper__  # type: ignore[attr-defined]
-        keys: list[Any] = [model, "plain" in named, descending, bool(limit), *(column.key for column in order)]
-        values: list[Any] = []
-        clauses = list(_flat(clauses))
-        for clause in clauses:
-            _read(clause, mapper, keys, values)
-        key = tuple(keys)
+    ) -> list[M]:
+        """Rows under `base` (whose parameters are among `named`) and their own filters. Raises Unfit."""
+        key = (rows.model, "plain" in named, descending, bool(limit), *order, *rows.terms)
         statement = self._known.get(key)
         if statement is None:
             if key in self._known or len(self._known) >= _SHAPES_AT_MOST:
                 raise Unfit
             self._known[key] = None  # stays so where it can't be compiled
-            statement = self._known[key] = self._compile(model, base(), clauses, order, descending, bool(limit))
+            statement = self._known[key] = self._compile(rows, base(), order, descending, bool(limit))
         if limit:
             named = {**named, "care_limit": limit}
-        records = await reading.fetch(statement.sql, statement.arguments(named, values))
-        rows = [statement.row(record) for record in records]
-        if rows:
+        found = await reading.fetch(statement.sql, statement.arguments(named, rows.values))
+        answer = [statement.row(record) for record in found]
+        if answer:
             for children in statement.children:
-                await _add_children(reading, children, rows)
-        return rows
+                await _add_children(reading, children, answer)
+        return answer
 
     async def records(
         self, reading: Reading, name: str, base: Callable[[], Select[Any]], named: Mapping[str, Any]
@@ -324,31 +389,25 @@ class Statements:
     # -- once per shape ------------------------------------------------------------------------------------------------
 
     def _compile(
-        self,
-        model: type,
-        query: Select[Any],
-        clauses: Sequence[ColumnElement[bool]],
-        order: Sequence[QueryableAttribute[Any]],
-        descending: bool,
-        limited: bool,
+        self, rows: Rows[Any], query: Select[Any], order: Sequence[Column], descending: bool, limited: bool
     ) -> _Statement:
-        mapper: Mapper[Any] = model.__mapper__  # type: ignore[attr-defined]
-        places: dict[str, int] = {}
-        values = 0
-        for clause in clauses:
-            rebuilt, names = _rebuilt(clause, mapper, values)
-            for name in names:
-                places[name] = values
-                values += 1
-            query = query.where(rebuilt)
+        mapper: Mapper[Any] = rows.model.__mapper__
+        names = [f"care_{number}" for number in range(len(rows.values))]
+        query = rows.narrow(query, names)
         if order:
             query = query.order_by(*(column.desc() if descending else column for column in order))
         if limited:
             query = query.limit(bindparam("care_limit", type_=Integer))
         compiled = query.compile(dialect=self._dialect)
-        names, converters = self._columns(mapper, [entry.keyname for entry in compiled._result_columns])  # type: ignore[attr-defined,assignment]
+        columns, converters = self._columns(mapper, [entry.keyname for entry in compiled._result_columns])  # type: ignore[attr-defined]
+        places = {name: number for number, name in enumerate(names)}
         return _Statement(
-            str(compiled), self._slots(compiled, places), names, converters, self._view(model), self._children(mapper)
+            str(compiled),
+            self._slots(compiled, places),
+            columns,
+            converters,
+            self._view(rows.model),
+            self._children(mapper),
         )
 
     def _slots(self, compiled: Any, places: Mapping[str, int]) -> list[tuple[int | str, Process | None]]:
@@ -434,49 +493,6 @@ async def _add_children(reading: Reading, children: _Children, rows: Sequence[An
     for record in await reading.fetch(children.sql, [rows[0].tenant_id, list(lists)]):
         child = plain.row(record)
         lists[getattr(child, children.parent)].append(child)
-
-
-def _flat(clauses: Sequence[Any]) -> Iterator[Any]:
-    for clause in clauses:
-        if type(clause) is BooleanClauseList and clause.operator is operators.and_:
-            yield from _flat(clause.clauses)
-        else:
-            yield clause
-
-
-def _own_column(clause: Any, mapper: Mapper[Any]) -> bool:
-    return type(clause) is BinaryExpression and clause.left._annotations.get("parententity") is mapper
-
-
-def _read(clause: Any, mapper: Mapper[Any], keys: list[Any], values: list[Any]) -> None:
-    """Add a clause's shape to the key and its values to the values. Raises Unfit."""
-    if _own_column(clause, mapper):
-        right, operator = clause.right, clause.operator
-        if type(right) is BindParameter and right.callable is None:
-            listed = _LISTED.get(operator)
-            if listed is not None and right.expanding:
-                keys += (listed, clause.left.key)
-                values.append(list(right.value))  # type: ignore[arg-type]
-                return
-            if operator in _SIMPLE and not right.expanding:
-                keys += (operator, clause.left.key)
-                values.append(right.value)
-                return
-    cached = clause._generate_cache_key()
-    if cached is None or cached.bindparams:
-        raise Unfit
-    keys.append(cached.key)
-
-
-def _rebuilt(clause: Any, mapper: Mapper[Any], number: int) -> tuple[Any, list[str]]:
-    """The same clause with parameters of our own names."""
-    if not _own_column(clause, mapper) or type(clause.right) is not BindParameter:
-        return clause, []
-    name, column = f"care_{number}", clause.left
-    if clause.right.expanding:
-        among = bindparam(name, type_=ARRAY(column.type))
-        return (column == any_(among) if clause.operator is operators.in_op else column != all_(among)), [name]
-    return clause.operator(column, bindparam(name, type_=clause.right.type)), [name]
 
 
 def _refuse(value: Any) -> bytes:

@@ -157,6 +157,11 @@ def to_time(stamp: Timestamp) -> datetime:
         raise Invalid("TIME_INVALID", "A time is out of range.") from None
 
 
+def given_time(message: Message, field: str) -> datetime | None:
+    """`to_time` of a field, or None where it isn't set."""
+    return to_time(getattr(message, field)) if message.HasField(field) else None
+
+
 def plain(message: Message) -> dict[str, Any]:
     """What is set in a message as JSON-ready values: enums by name, times as RFC 3339, maps and lists as they are."""
     return {field.name: _plain_value(field, value, stored=True) for field, value in message.ListFields()}

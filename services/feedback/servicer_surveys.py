@@ -9,6 +9,7 @@ from care.feedback.v1.feedback_pb2_grpc import (
 
 from chassis.call import Call
 from chassis.ids import new_id
+from chassis.reading import Rows
 from chassis.wire import given, to_proto
 from services.feedback.invitation import Status, SurveyInvitation
 from services.feedback.questionnaire import Questionnaire
@@ -35,10 +36,8 @@ class QuestionnairesServicer(QuestionnairesServiceServicer):
     async def ListQuestionnaires(
         self, request: pb.ListQuestionnairesRequest, call: Call
     ) -> pb.ListQuestionnairesResponse:
-        query = call.select(Questionnaire)
-        if request.name:
-            query = query.where(Questionnaire.name == request.name)
-        rows, following = await call.page(query, request, Questionnaire.name, Questionnaire.number, Questionnaire.id)
+        wanted = Rows(Questionnaire).equal(Questionnaire.name, request.name)
+        rows, following = await call.page(wanted, request, Questionnaire.name, Questionnaire.number, Questionnaire.id)
         return pb.ListQuestionnairesResponse(
             questionnaires=[to_proto(row, pb.Questionnaire) for row in rows], next_page_token=following
         )
@@ -50,11 +49,9 @@ class SurveyInvitationsServicer(SurveyInvitationsServiceServicer):
     async def ListSurveyInvitations(
         self, request: pb.ListSurveyInvitationsRequest, call: Call
     ) -> pb.ListSurveyInvitationsResponse:
-        query = call.select(SurveyInvitation)
-        if request.patient_ids:
-            query = query.where(SurveyInvitation.patient_id.in_(request.patient_ids))
+        wanted = Rows(SurveyInvitation).among(SurveyInvitation.patient_id, request.patient_ids)
         rows, following = await call.page(
-            query, request, SurveyInvitation.create_time, SurveyInvitation.id, descending=True
+            wanted, request, SurveyInvitation.create_time, SurveyInvitation.id, descending=True
         )
         return pb.ListSurveyInvitationsResponse(
             invitations=[to_proto(row, pb.SurveyInvitation) for row in rows], next_page_token=following
@@ -73,11 +70,9 @@ class QuestionnaireResponsesServicer(QuestionnaireResponsesServiceServicer):
     async def ListQuestionnaireResponses(
         self, request: pb.ListQuestionnaireResponsesRequest, call: Call
     ) -> pb.ListQuestionnaireResponsesResponse:
-        query = call.select(QuestionnaireResponse)
-        if request.patient_ids:
-            query = query.where(QuestionnaireResponse.patient_id.in_(request.patient_ids))
+        wanted = Rows(QuestionnaireResponse).among(QuestionnaireResponse.patient_id, request.patient_ids)
         rows, following = await call.page(
-            query, request, QuestionnaireResponse.create_time, QuestionnaireResponse.id, descending=True
+            wanted, request, QuestionnaireResponse.create_time, QuestionnaireResponse.id, descending=True
         )
         return pb.ListQuestionnaireResponsesResponse(
             responses=[to_proto(row, pb.QuestionnaireResponse) for row in rows], next_page_token=following

@@ -7,6 +7,7 @@ from sqlalchemy import select
 from chassis.call import Call
 from chassis.errors import Invalid
 from chassis.ids import new_id
+from chassis.reading import Rows
 from chassis.wire import OUTPUT_ONLY, enum_names, given, to_proto
 from services.patients.consent import Consent, Status
 from services.patients.names import contact_key, contact_values
@@ -52,10 +53,12 @@ class ConsentsServicer(ConsentsServiceServicer):
 
     async def ListConsents(self, request: pb.ListConsentsRequest, call: Call) -> pb.ListConsentsResponse:
         await call.subject(request.patient_id)
-        query = call.select(Consent).where(Consent.patient_id == request.patient_id)
-        if request.statuses:
-            query = query.where(Consent.status.in_(enum_names(pb.Consent.Status, request.statuses)))
-        rows, following = await call.page(query, request, Consent.create_time, Consent.id, descending=True)
+        wanted = (
+            Rows(Consent)
+            .equal(Consent.patient_id, request.patient_id)
+            .among(Consent.status, enum_names(pb.Consent.Status, request.statuses))
+        )
+        rows, following = await call.page(wanted, request, Consent.create_time, Consent.id, descending=True)
         return pb.ListConsentsResponse(consents=[to_proto(row, pb.Consent) for row in rows], next_page_token=following)
 
     async def RevokeConsent(self, request: pb.RevokeConsentRequest, call: Call) -> pb.Consent:

@@ -11,6 +11,7 @@ from chassis.access import visible
 from chassis.call import Call, require_etag
 from chassis.errors import AlreadyExists, FailedPrecondition, Invalid, NotFound, PermissionDenied
 from chassis.ids import new_id
+from chassis.reading import Rows
 from chassis.wire import OUTPUT_ONLY, given, to_proto
 from services.patients.consent import Consent, end_consents, recipient_of
 from services.patients.due_times import due
@@ -57,10 +58,8 @@ class PatientsServicer(PatientsServiceServicer):
         return to_proto(await call.get(Patient, request.id), pb.Patient)
 
     async def ListPatients(self, request: pb.ListPatientsRequest, call: Call) -> pb.ListPatientsResponse:
-        query = call.select(Patient)
-        if request.clinic_ids:
-            query = query.where(Patient.clinic_ids.overlap(list(request.clinic_ids)))
-        rows, following = await call.page(query, request, Patient.create_time, Patient.id, descending=True)
+        wanted = Rows(Patient).overlap(Patient.clinic_ids, request.clinic_ids)
+        rows, following = await call.page(wanted, request, Patient.create_time, Patient.id, descending=True)
         return pb.ListPatientsResponse(patients=[to_proto(row, pb.Patient) for row in rows], next_page_token=following)
 
     async def UpdatePatient(self, request: pb.UpdatePatientRequest, call: Call) -> pb.Patient:
@@ -223,8 +222,8 @@ class PatientsServicer(PatientsServiceServicer):
         self, request: pb.ListRelatedPersonsRequest, call: Call
     ) -> pb.ListRelatedPersonsResponse:
         await call.subject(request.patient_id)
-        query = call.select(RelatedPerson).where(RelatedPerson.patient_id == request.patient_id)
-        rows, following = await call.page(query, request, RelatedPerson.create_time, RelatedPerson.id)
+        wanted = Rows(RelatedPerson).equal(RelatedPerson.patient_id, request.patient_id)
+        rows, following = await call.page(wanted, request, RelatedPerson.create_time, RelatedPerson.id)
         return pb.ListRelatedPersonsResponse(
             related_persons=[to_proto(row, pb.RelatedPerson) for row in rows], next_page_token=following
         )

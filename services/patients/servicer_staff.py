@@ -9,6 +9,7 @@ from chassis import access
 from chassis.call import Call, require_etag
 from chassis.errors import Invalid
 from chassis.ids import new_id
+from chassis.reading import Rows
 from chassis.wire import OUTPUT_ONLY, given, to_proto
 from services.patients.patient import Patient, RelatedPerson
 from services.patients.roles import PERMISSIONS
@@ -27,12 +28,9 @@ class StaffServicer(StaffServiceServicer):
         return to_proto(await call.get(Staff, request.id), pb.Staff)
 
     async def ListStaff(self, request: pb.ListStaffRequest, call: Call) -> pb.ListStaffResponse:
-        query = call.select(Staff)
-        if request.clinic_ids:
-            query = query.where(Staff.clinic_ids.overlap(list(request.clinic_ids)))
-        if request.role:
-            query = query.where(Staff.roles.contains([request.role]))
-        rows, following = await call.page(query, request, Staff.family_name, Staff.id)
+        roles = [request.role] if request.role else []
+        wanted = Rows(Staff).overlap(Staff.clinic_ids, request.clinic_ids).overlap(Staff.roles, roles)
+        rows, following = await call.page(wanted, request, Staff.family_name, Staff.id)
         return pb.ListStaffResponse(staff=[to_proto(row, pb.Staff) for row in rows], next_page_token=following)
 
     async def UpdateStaff(self, request: pb.UpdateStaffRequest, call: Call) -> pb.Staff:
@@ -87,7 +85,7 @@ class PoolsServicer(PoolsServiceServicer):
         return to_proto(await call.get(Pool, request.id), pb.Pool)
 
     async def ListPools(self, request: pb.ListPoolsRequest, call: Call) -> pb.ListPoolsResponse:
-        rows, following = await call.page(call.select(Pool), request, Pool.name, Pool.id)
+        rows, following = await call.page(Rows(Pool), request, Pool.name, Pool.id)
         return pb.ListPoolsResponse(pools=[to_proto(row, pb.Pool) for row in rows], next_page_token=following)
 
     async def UpdatePool(self, request: pb.UpdatePoolRequest, call: Call) -> pb.Pool:
@@ -101,7 +99,7 @@ class RolesServicer(RolesServiceServicer):
     """What roles may do."""
 
     async def ListRoles(self, request: pb.ListRolesRequest, call: Call) -> pb.ListRolesResponse:
-        rows, following = await call.page(call.select(Role), request, Role.name, Role.id)
+        rows, following = await call.page(Rows(Role), request, Role.name, Role.id)
         return pb.ListRolesResponse(roles=[to_proto(row, pb.Role) for row in rows], next_page_token=following)
 
     async def UpdateRole(self, request: pb.UpdateRoleRequest, call: Call) -> pb.Role:

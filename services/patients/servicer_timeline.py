@@ -8,6 +8,7 @@ from care.patients.v1.timeline_pb2_grpc import ContactsServiceServicer, Timeline
 from chassis.call import Call
 from chassis.errors import Invalid
 from chassis.ids import new_id
+from chassis.reading import Rows
 from chassis.wire import OUTPUT_ONLY, given, to_proto
 from services.patients.contact import Contact
 from services.patients.task import Task
@@ -23,10 +24,12 @@ class TimelineServicer(TimelineServiceServicer):
         self, request: pb.ListTimelineEntriesRequest, call: Call
     ) -> pb.ListTimelineEntriesResponse:
         await call.subject(request.patient_id)
-        query = call.select(TimelineEntry).where(TimelineEntry.patient_id == request.patient_id)
-        if request.types:
-            query = query.where(TimelineEntry.type.in_(list(request.types)))
-        rows, following = await call.page(query, request, TimelineEntry.time, TimelineEntry.id, descending=True)
+        wanted = (
+            Rows(TimelineEntry)
+            .equal(TimelineEntry.patient_id, request.patient_id)
+            .among(TimelineEntry.type, request.types)
+        )
+        rows, following = await call.page(wanted, request, TimelineEntry.time, TimelineEntry.id, descending=True)
         return pb.ListTimelineEntriesResponse(
             entries=[to_proto(row, pb.TimelineEntry) for row in rows], next_page_token=following
         )
@@ -56,10 +59,11 @@ class ContactsServicer(ContactsServiceServicer):
 
     async def ListContacts(self, request: pb.ListContactsRequest, call: Call) -> pb.ListContactsResponse:
         await call.subject(request.patient_id)
-        query = call.select(Contact).where(Contact.patient_id == request.patient_id)
-        if request.task_id:
-            query = query.where(Contact.task_id == request.task_id)
-        if request.referral_id:
-            query = query.where(Contact.referral_id == request.referral_id)
-        rows, following = await call.page(query, request, Contact.contact_time, Contact.id, descending=True)
+        wanted = (
+            Rows(Contact)
+            .equal(Contact.patient_id, request.patient_id)
+            .equal(Contact.task_id, request.task_id)
+            .equal(Contact.referral_id, request.referral_id)
+        )
+        rows, following = await call.page(wanted, request, Contact.contact_time, Contact.id, descending=True)
         return pb.ListContactsResponse(contacts=[to_proto(row, pb.Contact) for row in rows], next_page_token=following)

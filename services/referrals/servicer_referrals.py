@@ -10,7 +10,8 @@ from sqlalchemy import select
 from chassis.call import Call, require_etag
 from chassis.errors import FailedPrecondition, Invalid, PermissionDenied
 from chassis.ids import new_id
-from chassis.wire import OUTPUT_ONLY, enum_names, given, plain, to_proto, to_time
+from chassis.reading import Rows
+from chassis.wire import OUTPUT_ONLY, enum_names, given, given_time, plain, to_proto, to_time
 from services.referrals.projections import Calendar, calendar_of, clinic_of, pool_for, pool_of
 from services.referrals.reactions import follow
 from services.referrals.referral import (
@@ -65,23 +66,19 @@ class ReferralsServicer(ReferralsServiceServicer):
         return to_proto(await call.get(Referral, request.id), pb.Referral)
 
     async def ListReferrals(self, request: pb.ListReferralsRequest, call: Call) -> pb.ListReferralsResponse:
-        query = call.select(Referral)
         if len(request.patient_ids) == 1:
             await call.subject(request.patient_ids[0])
-        if request.patient_ids:
-            query = query.where(Referral.patient_id.in_(list(request.patient_ids)))
-        if request.owner_ids:
-            query = query.where(Referral.owner_id.in_(list(request.owner_ids)))
-        if request.clinic_ids:
-            query = query.where(Referral.clinic_id.in_(list(request.clinic_ids)))
-        if request.business_statuses:
-            names = enum_names(pb.Referral.BusinessStatus.Code, request.business_statuses)
-            query = query.where(Referral.business_status.in_([state for state in State if state.name in names]))
-        if request.open:
-            query = query.where(Referral.business_status.not_in(CLOSED_STATES))
-        if request.HasField("due_before"):
-            query = query.where(Referral.due_time < to_time(request.due_before))
-        rows, following = await call.page(query, request, Referral.list_time, Referral.id)
+        states = enum_names(pb.Referral.BusinessStatus.Code, request.business_statuses)
+        wanted = (
+            Rows(Referral)
+            .among(Referral.patient_id, request.patient_ids)
+            .among(Referral.owner_id, request.owner_ids)
+            .among(Referral.clinic_id, request.clinic_ids)
+            .among(Referral.business_status, states)
+            .outside(Referral.business_status, CLOSED_STATES if request.open else ())
+            .before(Referral.due_time, given_time(request, "due_before"))
+        )
+        rows, following = await call.page(wanted, request, Referral.list_time, Referral.id)
         return pb.ListReferralsResponse(
             referrals=[to_proto(row, pb.Referral) for row in rows], next_page_token=following
         )

@@ -11,8 +11,9 @@ from chassis.calendar import at_local
 from chassis.call import Call
 from chassis.errors import FailedPrecondition, Invalid
 from chassis.ids import new_id
+from chassis.reading import Rows
 from chassis.signing import Signer
-from chassis.wire import enum_names, plain, to_proto, to_time
+from chassis.wire import enum_names, given_time, plain, to_proto, to_time
 from services.scheduling import booking, occupancy, offers
 from services.scheduling.appointment import Appointment
 from services.scheduling.directory import Clinic
@@ -128,26 +129,20 @@ class AppointmentsServicer(AppointmentsServiceServicer):
         return to_proto(await call.get(Appointment, request.id), pb.Appointment)
 
     async def ListAppointments(self, request: pb.ListAppointmentsRequest, call: Call) -> pb.ListAppointmentsResponse:
-        query = call.select(Appointment)
-        if request.patient_ids:
-            query = query.where(Appointment.patient_id.in_(list(request.patient_ids)))
-        if request.clinic_ids:
-            query = query.where(Appointment.clinic_id.in_(list(request.clinic_ids)))
-        if request.practitioner_ids:
-            query = query.where(Appointment.practitioner_id.in_(list(request.practitioner_ids)))
-        if request.statuses:
-            query = query.where(Appointment.status.in_(enum_names(pb.Appointment.Status, request.statuses)))
-        first = to_time(request.start_time_from) if request.HasField("start_time_from") else None
-        before = to_time(request.start_time_before) if request.HasField("start_time_before") else None
+        wanted = (
+            Rows(Appointment)
+            .among(Appointment.patient_id, request.patient_ids)
+            .among(Appointment.clinic_id, request.clinic_ids)
+            .among(Appointment.practitioner_id, request.practitioner_ids)
+            .among(Appointment.status, enum_names(pb.Appointment.Status, request.statuses))
+            .since(Appointment.start_time, given_time(request, "start_time_from"))
+            .before(Appointment.start_time, given_time(request, "start_time_before"))
+        )
         if request.date:
             opens, ends = await _clinic_day(request, call)
-            query = query.where(Appointment.start_time >= opens, Appointment.start_time < ends)
-        if first is not None:
-            query = query.where(Appointment.start_time >= first)
-        if before is not None:
-            query = query.where(Appointment.start_time < before)
+            wanted.since(Appointment.start_time, opens).before(Appointment.start_time, ends)
         rows, following = await call.page(
-            query, request, Appointment.start_time, Appointment.id, descending=request.descending
+            wanted, request, Appointment.start_time, Appointment.id, descending=request.descending
         )
         return pb.ListAppointmentsResponse(
             appointments=[to_proto(row, pb.Appointment) for row in rows], next_page_token=following

@@ -17,6 +17,7 @@ from sqlalchemy.dialects.postgresql import insert
 from chassis.call import Call, require_etag
 from chassis.errors import AlreadyExists, FailedPrecondition, Invalid
 from chassis.ids import new_id
+from chassis.reading import Rows
 from chassis.wire import enum_names, given, to_proto
 from services.scheduling.directory import (
     Clinic,
@@ -56,8 +57,7 @@ class ClinicsServicer(ClinicsServiceServicer):
 
     async def ListClinics(self, request: pb.ListClinicsRequest, call: Call) -> pb.ListClinicsResponse:
         statuses = enum_names(pb.Clinic.Status, request.statuses) or ["ACTIVE"]
-        query = call.select(Clinic).where(Clinic.status.in_(statuses))
-        rows, following = await call.page(query, request, Clinic.name, Clinic.id)
+        rows, following = await call.page(Rows(Clinic).among(Clinic.status, statuses), request, Clinic.name, Clinic.id)
         return pb.ListClinicsResponse(clinics=[to_proto(row, pb.Clinic) for row in rows], next_page_token=following)
 
     async def UpdateClinic(self, request: pb.UpdateClinicRequest, call: Call) -> pb.Clinic:
@@ -92,10 +92,8 @@ class PractitionersServicer(PractitionersServiceServicer):
         return to_proto(await call.get(Practitioner, request.id), pb.Practitioner)
 
     async def ListPractitioners(self, request: pb.ListPractitionersRequest, call: Call) -> pb.ListPractitionersResponse:
-        query = call.select(Practitioner)
-        if request.clinic_ids:
-            query = query.where(Practitioner.clinic_ids.overlap(list(request.clinic_ids)))
-        rows, following = await call.page(query, request, Practitioner.family_name, Practitioner.id)
+        wanted = Rows(Practitioner).overlap(Practitioner.clinic_ids, request.clinic_ids)
+        rows, following = await call.page(wanted, request, Practitioner.family_name, Practitioner.id)
         return pb.ListPractitionersResponse(
             practitioners=[to_proto(row, pb.Practitioner) for row in rows], next_page_token=following
         )
@@ -138,10 +136,8 @@ class ResourcesServicer(ResourcesServiceServicer):
         return to_proto(resource, pb.Resource)
 
     async def ListResources(self, request: pb.ListResourcesRequest, call: Call) -> pb.ListResourcesResponse:
-        query = call.select(Resource)
-        if request.clinic_ids:
-            query = query.where(Resource.clinic_id.in_(list(request.clinic_ids)))
-        rows, following = await call.page(query, request, Resource.name, Resource.id)
+        wanted = Rows(Resource).among(Resource.clinic_id, request.clinic_ids)
+        rows, following = await call.page(wanted, request, Resource.name, Resource.id)
         return pb.ListResourcesResponse(
             resources=[to_proto(row, pb.Resource) for row in rows], next_page_token=following
         )
@@ -161,7 +157,7 @@ class VisitTypesServicer(VisitTypesServiceServicer):
         return to_proto(await call.get(VisitType, request.id), pb.VisitType)
 
     async def ListVisitTypes(self, request: pb.ListVisitTypesRequest, call: Call) -> pb.ListVisitTypesResponse:
-        rows, following = await call.page(call.select(VisitType), request, VisitType.name, VisitType.id)
+        rows, following = await call.page(Rows(VisitType), request, VisitType.name, VisitType.id)
         return pb.ListVisitTypesResponse(
             visit_types=[to_proto(row, pb.VisitType) for row in rows], next_page_token=following
         )
@@ -190,12 +186,12 @@ class SchedulesServicer(SchedulesServiceServicer):
         return to_proto(await call.get(Schedule, request.id), pb.Schedule)
 
     async def ListSchedules(self, request: pb.ListSchedulesRequest, call: Call) -> pb.ListSchedulesResponse:
-        query = call.select(Schedule)
-        if request.practitioner_ids:
-            query = query.where(Schedule.practitioner_id.in_(list(request.practitioner_ids)))
-        if request.clinic_ids:
-            query = query.where(Schedule.clinic_id.in_(list(request.clinic_ids)))
-        rows, following = await call.page(query, request, Schedule.id)
+        wanted = (
+            Rows(Schedule)
+            .among(Schedule.practitioner_id, request.practitioner_ids)
+            .among(Schedule.clinic_id, request.clinic_ids)
+        )
+        rows, following = await call.page(wanted, request, Schedule.id)
         return pb.ListSchedulesResponse(
             schedules=[to_proto(row, pb.Schedule) for row in rows], next_page_token=following
         )

@@ -31,6 +31,7 @@ from chassis.errors import AlreadyExists, NotFound, Unavailable
 from chassis.ids import new_id
 from chassis.lifecycle import Lifecycle
 from chassis.model import Aggregate, Id, Ids, Living, about_subject, base, status_type
+from chassis.reading import Rows
 from chassis.service import Server, Service
 from chassis.testing.harness import Harness
 from chassis.timers import Loop
@@ -300,7 +301,7 @@ def _servicers(model: SimpleNamespace, hooks: dict[str, Hook]) -> SimpleNamespac
             return to_proto(pool, staff_pb2.Pool)
 
         async def ListPools(self, request: Any, call: Call) -> Any:
-            rows, following = await call.page(call.select(model.Pool), request, model.Pool.name, model.Pool.id)
+            rows, following = await call.page(Rows(model.Pool), request, model.Pool.name, model.Pool.id)
             await end(request, call)
             return staff_pb2.ListPoolsResponse(
                 pools=[to_proto(row, staff_pb2.Pool) for row in rows], next_page_token=following
@@ -329,11 +330,13 @@ def _servicers(model: SimpleNamespace, hooks: dict[str, Hook]) -> SimpleNamespac
             return to_proto(consent, consents_pb2.Consent)
 
         async def ListConsents(self, request: Any, call: Call) -> Any:
-            query = call.select(model.Consent).where(model.Consent.patient_id == request.patient_id)
-            if request.statuses:
-                query = query.where(model.Consent.status.in_(enum_names(consents_pb2.Consent.Status, request.statuses)))
+            wanted = (
+                Rows(model.Consent)
+                .equal(model.Consent.patient_id, request.patient_id)
+                .among(model.Consent.status, enum_names(consents_pb2.Consent.Status, request.statuses))
+            )
             rows, following = await call.page(
-                query, request, model.Consent.create_time, model.Consent.id, descending=True
+                wanted, request, model.Consent.create_time, model.Consent.id, descending=True
             )
             await end(request, call)
             return consents_pb2.ListConsentsResponse(
@@ -362,10 +365,8 @@ def _servicers(model: SimpleNamespace, hooks: dict[str, Hook]) -> SimpleNamespac
             return to_proto(task, tasks_pb2.Task)
 
         async def ListTasks(self, request: Any, call: Call) -> Any:
-            query = call.select(model.Task)
-            if request.patient_id:
-                query = query.where(model.Task.patient_id == request.patient_id)
-            rows, following = await call.page(query, request, model.Task.due_time, model.Task.id)
+            wanted = Rows(model.Task).equal(model.Task.patient_id, request.patient_id)
+            rows, following = await call.page(wanted, request, model.Task.due_time, model.Task.id)
             await end(request, call)
             return tasks_pb2.ListTasksResponse(
                 tasks=[to_proto(row, tasks_pb2.Task) for row in rows], next_page_token=following
