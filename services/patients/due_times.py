@@ -5,7 +5,7 @@ from datetime import date, datetime, timedelta
 from typing import Any, NamedTuple
 from zoneinfo import available_timezones
 
-from sqlalchemy import BigInteger, Text, select
+from sqlalchemy import BigInteger, Text, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
@@ -29,7 +29,7 @@ SHIPPED: Mapping[str, Any] = {
 
 
 class ClinicCalendar(Base):
-    """Which days a clinic works, as scheduling last told it."""
+    """Which days a clinic works and how it is labelled, as scheduling last told it."""
 
     __tablename__ = "clinic_calendar"
 
@@ -39,10 +39,19 @@ class ClinicCalendar(Base):
     time_zone: Mapped[str] = mapped_column(Text)
     holiday_region: Mapped[str] = mapped_column(Text)
     closed_dates: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    security_labels: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default=text("'{}'"))
 
 
 async def keep_clinic(
-    db: AsyncSession, tenant_id: str, clinic_id: str, version: int, *, zone: str, region: str, closed: list[str]
+    db: AsyncSession,
+    tenant_id: str,
+    clinic_id: str,
+    version: int,
+    *,
+    zone: str,
+    region: str,
+    closed: list[str],
+    labels: list[str],
 ) -> None:
     """Merge a clinic's full state; an older version changes nothing."""
     values = {
@@ -52,6 +61,7 @@ async def keep_clinic(
         "time_zone": zone if zone in available_timezones() else "UTC",
         "holiday_region": _known_region(region),
         "closed_dates": sorted(closed),
+        "security_labels": sorted(labels),
     }
     statement = insert(ClinicCalendar).values(values)
     await db.execute(

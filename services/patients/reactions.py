@@ -132,6 +132,7 @@ async def keep_calendar(clinic: directory_pb2.Clinic, event: Event, db: AsyncSes
         zone=clinic.time_zone,
         region=clinic.holiday_region,
         closed=list(clinic.closed_dates),
+        labels=list(clinic.security_labels),
     )
 
 

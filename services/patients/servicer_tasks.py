@@ -10,6 +10,7 @@ from chassis.errors import Invalid, PermissionDenied
 from chassis.ids import new_id
 from chassis.reading import Rows
 from chassis.wire import OUTPUT_ONLY, enum_names, given, given_time, plain, to_proto, to_time
+from services.patients.labels import labels_of
 from services.patients.staff import Pool, Staff
 from services.patients.task import Task
 
@@ -32,7 +33,11 @@ class TasksServicer(TasksServiceServicer):
         else:
             await _known_owner(call, request.task.owner, "task.owner")
         source = values.pop("source", {"type": "Patient", "id": values["patient_id"]})
-        task = Task(id=new_id(), source=source, source_id=source["id"], due_basis="stated", **values)
+        about = {"source_id": source["id"], "clinic_id": values.get("clinic_id")}
+        labels = await labels_of(call.db, call.tenant_id, values["patient_id"], **about)
+        task = Task(
+            id=new_id(), source=source, source_id=source["id"], due_basis="stated", security_labels=labels, **values
+        )
         # By hand as often as somebody likes: each is its own episode.
         task.episode = task.id
         task.own(owner["type"], owner["id"])

@@ -11,6 +11,7 @@ from chassis.ids import new_id
 from chassis.reading import Rows
 from chassis.wire import OUTPUT_ONLY, given, to_proto
 from services.patients.contact import Contact
+from services.patients.labels import labels_of
 from services.patients.task import Task
 from services.patients.timeline import TimelineEntry
 
@@ -44,14 +45,17 @@ class ContactsServicer(ContactsServiceServicer):
         took_place = values.pop("contact_time", call.now)
         if took_place > call.now + _CLOCKS_DIFFER:
             raise Invalid("CONTACT_TIME_AHEAD", "A contact can't lie ahead.", field="contact.contact_time")
-        labels: list[str] = []
+        referral_id = values.get("referral_id", "")
+        labels = set(await labels_of(call.db, call.tenant_id, values["patient_id"], source_id=referral_id))
         if "task_id" in values:
             query = call.select(Task).where(Task.id == values["task_id"], Task.patient_id == values["patient_id"])
             task = (await call.db.execute(query)).scalar_one_or_none()
             if task is None:
                 raise Invalid("TASK_UNKNOWN", "This patient has no such task.", field="contact.task_id")
-            labels = list(task.security_labels)
-        contact = Contact(id=new_id(), contact_time=took_place, recorder=call.actor, security_labels=labels, **values)
+            labels.update(task.security_labels)
+        contact = Contact(
+            id=new_id(), contact_time=took_place, recorder=call.actor, security_labels=sorted(labels), **values
+        )
         contact.tell("recorded")
         await call.add(contact)
         await call.db.flush()

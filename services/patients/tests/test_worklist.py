@@ -5,10 +5,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from care.patients.v1 import tasks_pb2 as pb
+from care.referrals.v1 import events_pb2 as referral_events
+from care.scheduling.v1 import directory_pb2
+from sqlalchemy import text
 
 from chassis.errors import Problem
 from chassis.ids import new_id
-from services.patients.tests.desk import stamp
+from services.patients.tests.desk import WORK, stamp
 
 
 def in_hours(hours):
@@ -37,6 +40,43 @@ async def test_the_same_task_may_be_made_by_hand_twice(desk):
     patient = await desk.patient()
     first, second = await a_task(desk, patient), await a_task(desk, patient)
     assert first.id != second.id
+
+
+async def test_a_task_made_by_hand_carries_the_labels_of_its_clinic_source_and_patient(desk):
+    await desk.harness.staff("rika", WORK, clinics=[desk.clinic], clearances=["42CFRPart2", "PSY"])
+    patient, other = await desk.patient(), await desk.patient()
+    clinic = directory_pb2.Clinic(id=new_id(), security_labels=["42CFRPart2"])
+    plain = directory_pb2.Clinic(id=clinic.id)
+    await desk.tell(
+        desk.event("clinic.changed", "", clinic, version=2), desk.event("clinic.changed", "", plain, version=1)
+    )
+    referral = referral_events.ReferralEvent(id=new_id())
+    await desk.tell(desk.event("referral.created", patient.id, referral, security_labels=["PSY"]), service="referrals")
+    source = {"type": "Referral", "id": referral.id}
+    labels = {
+        (await a_task(desk, patient, clinic_id=clinic.id)).id: ["42CFRPart2"],
+        (await a_task(desk, patient, source=source)).id: ["PSY"],
+        (await a_task(desk, patient, source=source, clinic_id=clinic.id)).id: ["42CFRPart2", "PSY"],
+        (await a_task(desk, patient, clinic_id=desk.clinic)).id: [],
+        # Somebody else's source says nothing.
+        (await a_task(desk, other, source=source)).id: [],
+    }
+    async with desk.harness.servers["patients"].database.engine.begin() as connection:
+        await connection.execute(text("UPDATE patient SET security_labels = '{PSY}' WHERE id = :id"), {"id": other.id})
+    labels[(await a_task(desk, other)).id] = ["PSY"]
+    async with desk.harness.servers["patients"].database.engine.connect() as connection:
+        rows = await connection.execute(
+            text("SELECT id::text, security_labels FROM task WHERE id = ANY(CAST(:ids AS uuid[]))"),
+            {"ids": list(labels)},
+        )
+        assert {row[0]: row[1] for row in rows} == labels
+    said = {"patient_id": patient.id, "channel": "VOICE", "direction": "OUTBOUND", "outcome": "NO_ANSWER"}
+    await desk.rpc("CreateContact", contact={**said, "referral_id": referral.id})
+    assert list((await desk.rpc("ListContacts", patient_id=patient.id)).contacts) == []
+    assert len((await desk.rpc("ListContacts", "rika", patient_id=patient.id)).contacts) == 1
+    seen = {task.id for task in await desk.tasks(patient.id)}
+    assert {id for id in labels if id in seen} == {id for id, has in list(labels.items())[:4] if not has}
+    assert len(await desk.tasks(patient.id, who="rika")) == 4
 
 
 async def test_a_task_without_due_time_is_refused(desk):
