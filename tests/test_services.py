@@ -236,6 +236,14 @@ def test_services_in_one_process_share_neither_metadata_nor_tables_nor_reactions
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
+def test_each_setting_is_declared_in_one_place() -> None:
+    classes = {GatewaySettings, *(service.settings for service in SERVICES.values())} - {Settings}
+    declared = [name for one in classes for name in one.__annotations__ if name != "model_config"]
+    # The gateway listens elsewhere; whatever else a service sets for itself is nobody else's.
+    assert set(declared) & set(Settings.__annotations__) <= {"model_config", "port"}
+    assert len(declared) == len(set(declared))
+
+
 def test_the_shipped_limits_are_these() -> None:
     assert _limits(Settings) == {
         "port": 50051,
