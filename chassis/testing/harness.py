@@ -28,6 +28,18 @@ ISSUER = "https://issuer.test"
 ALL = ("patients", "scheduling", "referrals", "notifications", "feedback", "gateway")
 
 
+class Unheard:
+    """In place of patients, which is asked before anybody is told that a record doesn't exist: it knows no more."""
+
+    async def subjects(self, tenant_id: str, subject_ids: Sequence[str]) -> Sequence[access_pb2.SubjectAccess]:
+        """Nobody."""
+        return []
+
+    async def principal(self, tenant_id: str, issuer: str, subject: str) -> access_pb2.ResolvePrincipalResponse:
+        """Nobody."""
+        return access_pb2.ResolvePrincipalResponse()
+
+
 class Harness:
     """Starts services side by side in this process, each with a database of its own.
 
@@ -95,7 +107,7 @@ class Harness:
         return Server(service, service.settings(**values), self.bus, telemetry=telemetry)
 
     async def hear_patients(self, server: Server) -> None:
-        """Where patients does not run: make its projection look as if it had just been heard."""
+        """Where patients does not run: make its projection look as if it had just been heard, and answer for it."""
         if server.service.owns_access or "patients" in self.servers:
             return
         async with server.database.engine.begin() as connection:
@@ -108,6 +120,7 @@ class Harness:
                     {"partition": partition},
                 )
         server.access._heard_age = -86400.0
+        server.access._owner = Unheard()
 
     async def stop(self) -> None:
         """Stop everything that was started."""

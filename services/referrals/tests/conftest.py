@@ -4,7 +4,6 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from care.access.v1 import access_pb2
 from care.events.v1.envelope_pb2 import Event
 from care.patients.v1 import events_pb2 as patients
 from care.referrals.v1 import events_pb2 as told_pb
@@ -140,21 +139,10 @@ class Desk:
             return await connection.scalar(text("SELECT count(*) = 0 FROM outbox"))
 
 
-class Unheard:
-    """In place of patients, which is asked before anybody is told that a record doesn't exist: it knows no more."""
-
-    async def subjects(self, tenant_id, subject_ids):
-        return []
-
-    async def principal(self, tenant_id, issuer, subject):
-        return access_pb2.ResolvePrincipalResponse()
-
-
 @pytest.fixture(scope="package")
 async def desk(database):
     harness = Harness(database)
     await harness.start(SERVICE)
-    harness.servers["referrals"].access._owner = Unheard()
     desk = Desk(harness)
     await desk.open()
     yield desk
