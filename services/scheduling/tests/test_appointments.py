@@ -196,7 +196,7 @@ async def no_expiry(desk):
     loops = desk.harness.servers["scheduling"].runtime.loops
     await loops["hold expiry"].stop()
     yield
-    (loop,) = desk.harness.servers["scheduling"].service.loops
+    (loop,) = [one for one in desk.harness.servers["scheduling"].service.loops if one.name == "hold expiry"]
     loops["hold expiry"] = loop.start(desk.harness.servers["scheduling"].runtime)
 
 
