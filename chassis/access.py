@@ -11,14 +11,14 @@ from functools import cache
 from typing import Any, Protocol
 
 from care.access.v1 import access_pb2
-from sqlalchemy import ARRAY, Boolean, DateTime, Text, Uuid, bindparam, delete, func, literal, select, text
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import ARRAY, Boolean, DateTime, Integer, Text, Uuid, bindparam, delete, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.sql.elements import TextClause
 
 from chassis.auth import Identity
 from chassis.bus import PARTITIONS, partition_of
 from chassis.errors import Problem, Unauthenticated, Unavailable
+from chassis.projections import keep_newer
 from chassis.reading import Unfit
 from chassis.tables import Access as AccessTables
 from chassis.wire import to_time
@@ -348,6 +348,11 @@ class Access:
 
 
 _NOTHING = text("SELECT FROM record_subject WHERE false")
+# Not later than now: a clock that is ahead must not make the projection look fresh for ever.
+_HEARTBEAT = text("""
+INSERT INTO access_heartbeat AS mine (partition, time) VALUES (:partition, least(:told, clock_timestamp()))
+ON CONFLICT (partition) DO UPDATE SET time = greatest(mine.time, excluded.time)
+""").bindparams(bindparam("partition", type_=Integer), bindparam("told", type_=DateTime(timezone=True)))
 
 
 def _unknown_login() -> Unauthenticated:
@@ -375,7 +380,7 @@ async def store_subject(db: _Executes, tables: AccessTables, state: access_pb2.S
         "security_labels": list(state.security_labels),
         "survivor_id": state.survivor_id or None,
     }
-    await _merge(db, tables.subject, values, ("tenant_id", "patient_id"), "access_version")
+    await keep_newer(db, tables.subject, values, key=("tenant_id", "patient_id"), version="access_version")
 
 
 async def store_principal(db: _Executes, tables: AccessTables, state: access_pb2.PrincipalState) -> None:
@@ -393,7 +398,7 @@ async def store_principal(db: _Executes, tables: AccessTables, state: access_pb2
         "active": state.active,
         "version": state.version,
     }
-    await _merge(db, tables.principal, values, ("tenant_id", "id"), "version")
+    await keep_newer(db, tables.principal, values)
 
 
 async def free_login(db: _Executes, tables: AccessTables, state: access_pb2.PrincipalState) -> bool:
@@ -434,31 +439,12 @@ async def store_role(db: _Executes, tables: AccessTables, state: access_pb2.Role
         "permissions": list(state.permissions),
         "version": state.version,
     }
-    await _merge(db, tables.role, values, ("tenant_id", "name"), "version")
-
-
-async def _merge(db: _Executes, table: Any, values: dict[str, Any], key: tuple[str, ...], version: str) -> None:
-    statement = insert(table).values(values)
-    await db.execute(
-        statement.on_conflict_do_update(
-            index_elements=list(key),
-            set_={name: statement.excluded[name] for name in values if name not in key},
-            where=statement.excluded[version] > table.c[version],
-        )
-    )
+    await keep_newer(db, tables.role, values, key=("tenant_id", "name"))
 
 
 async def store_heartbeat(db: _Executes, tables: AccessTables, partition: int, told_at: Any) -> None:
     """Note that everything told on a partition up to `told_at` has arrived."""
-    # Not later than now: a clock that is ahead must not make the projection look fresh for ever.
-    told = func.least(literal(told_at, DateTime(timezone=True)), func.clock_timestamp())
-    statement = insert(tables.heartbeat).values(partition=partition, time=told)
-    await db.execute(
-        statement.on_conflict_do_update(
-            index_elements=["partition"],
-            set_={"time": func.greatest(tables.heartbeat.c.time, statement.excluded.time)},
-        )
-    )
+    await db.execute(_HEARTBEAT, {"partition": partition, "told": told_at})
 
 
 def heartbeat_keys() -> list[str]:

@@ -1,11 +1,10 @@
 """What notifications knows of others' data: clinics, visit types and visits, each by the version it last heard of."""
 
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, Text, select
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
+from sqlalchemy import BigInteger, DateTime, Text, bindparam, select, text
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -72,28 +71,16 @@ class Appointment(Projected, Base):
     security_labels: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
 
 
-async def store(
-    db: AsyncSession, model: type[Projected], tenant_id: str, row_id: str, version: int, values: Mapping[str, Any]
-) -> bool:
-    """Keep the full state of something, unless as new a one is there; answers whether it was kept."""
-    statement = insert(model).values(tenant_id=tenant_id, id=row_id, version=version, **values)
-    kept = await db.execute(
-        statement.on_conflict_do_update(
-            index_elements=[model.tenant_id, model.id],
-            set_={name: statement.excluded[name] for name in ("version", *values)},
-            where=statement.excluded.version > model.version,
-        ).returning(model.id)
-    )
-    return kept.first() is not None
+# Text, because SQLAlchemy compiles ON CONFLICT anew for each event.
+_NEW_VISIT = text(
+    "INSERT INTO appointment (tenant_id, id, patient_id, version, status, time_zone, schedule_version, planned_version,"
+    f" security_labels) VALUES (:tenant_id, :id, :patient_id, 0, '', '', 0, {NEVER_PLANNED}, '{{}}') ON CONFLICT DO NOTHING"
+).bindparams(*(bindparam(name, type_=Id) for name in ("tenant_id", "id", "patient_id")))
 
 
 async def visit_row(db: AsyncSession, tenant_id: str, appointment_id: str, patient_id: str) -> Appointment:
     """The row of a visit, locked; of version 0 where nothing was heard of it yet."""
-    await db.execute(
-        insert(Appointment)
-        .values(tenant_id=tenant_id, id=appointment_id, version=0, patient_id=patient_id)
-        .on_conflict_do_nothing()
-    )
+    await db.execute(_NEW_VISIT, {"tenant_id": tenant_id, "id": appointment_id, "patient_id": patient_id})
     found = await db.execute(
         select(Appointment)
         .where(Appointment.tenant_id == tenant_id, Appointment.id == appointment_id)

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from chassis import policies
 from chassis.ids import new_id
+from chassis.projections import keep_state
 from chassis.reactions import Reactions
 from chassis.telemetry import current_traceparent
 from chassis.timers import wake_after_commit
@@ -31,7 +32,7 @@ from services.notifications.message import (
     ReminderStatus,
 )
 from services.notifications.planning import DEFAULT_POLICY, Offset, plan
-from services.notifications.projections import NEVER_PLANNED, Appointment, Clinic, Patient, VisitType, store, visit_row
+from services.notifications.projections import NEVER_PLANNED, Appointment, Clinic, Patient, VisitType, visit_row
 
 SHIPPED: dict[str, Any] = {
     "offsets": [{"name": each.name, "kind": each.kind, "amount": each.amount} for each in DEFAULT_POLICY],
@@ -52,28 +53,32 @@ reactions = Reactions()
 @reactions.on("clinic.changed", payload=ClinicState)
 async def keep_clinic(state: ClinicState, event: Event, db: AsyncSession) -> None:
     phones = [point.e164 or point.value for point in state.telecom if point.system == ContactPoint.PHONE]
-    values = {
-        "name": state.name,
-        "discreet_name": state.discreet_name,
-        "time_zone": state.time_zone,
-        "address": plain(state.address),
-        "phone": phones[0] if phones else "",
-        "directions": state.directions,
-        "security_labels": list(state.security_labels),
-    }
-    await store(db, Clinic, event.tenant_id, state.id, event.version, values)
+    await keep_state(
+        db,
+        Clinic,
+        event,
+        name=state.name,
+        discreet_name=state.discreet_name,
+        time_zone=state.time_zone,
+        address=plain(state.address),
+        phone=phones[0] if phones else "",
+        directions=state.directions,
+        security_labels=list(state.security_labels),
+    )
 
 
 @reactions.on("visit_type.changed", payload=VisitTypeState)
 async def keep_visit_type(state: VisitTypeState, event: Event, db: AsyncSession) -> None:
-    values = {
-        "name": state.name,
-        "discreet_name": state.discreet_name,
-        "modality": VisitTypeState.Modality.Name(state.modality),
-        "preparation": dict(state.preparation),
-        "security_labels": list(state.security_labels),
-    }
-    await store(db, VisitType, event.tenant_id, state.id, event.version, values)
+    await keep_state(
+        db,
+        VisitType,
+        event,
+        name=state.name,
+        discreet_name=state.discreet_name,
+        modality=VisitTypeState.Modality.Name(state.modality),
+        preparation=dict(state.preparation),
+        security_labels=list(state.security_labels),
+    )
 
 
 @reactions.on(
@@ -120,7 +125,7 @@ async def follow_death(patient: PatientEvent, event: Event, db: AsyncSession) ->
     dead = event.type == "patient.deceased" or patient.deceased
     if not dead and (event.type == "patient.registered" or not patient.HasField("deceased")):
         return  # nothing is older than a registration; an event without the field doesn't say
-    if not await store(db, Patient, event.tenant_id, patient.id, event.version, {"deceased": dead}):
+    if not await keep_state(db, Patient, event, deceased=dead):
         return
     theirs = select(Reminder).where(Reminder.tenant_id == event.tenant_id, Reminder.patient_id == patient.id)
     if dead:

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 from zoneinfo import available_timezones
 
 from sqlalchemy import BigInteger, Text, select, text
-from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from chassis.calendar import add_business_days, is_business_day
 from chassis.model import Id
 from chassis.policies import current
+from chassis.projections import keep_newer
 from services.patients.patient import Base
 
 POLICY = "task-due"
@@ -63,14 +64,7 @@ async def keep_clinic(
         "closed_dates": sorted(closed),
         "security_labels": sorted(labels),
     }
-    statement = insert(ClinicCalendar).values(values)
-    await db.execute(
-        statement.on_conflict_do_update(
-            index_elements=["tenant_id", "id"],
-            set_={name: statement.excluded[name] for name in values},
-            where=statement.excluded.version > ClinicCalendar.version,
-        )
-    )
+    await keep_newer(db, ClinicCalendar, values)
 
 
 def _known_region(region: str) -> str:

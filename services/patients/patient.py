@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, Index, Text, UniqueConstraint, func, select, text
+from sqlalchemy import BigInteger, DateTime, Index, Text, UniqueConstraint, bindparam, func, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
@@ -148,6 +148,19 @@ class Relation(Owned, Base):
     until: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
 
 
+# Text, because SQLAlchemy compiles ON CONFLICT anew for each event.
+_RELATE = text(
+    "INSERT INTO relation (tenant_id, id, patient_id, kind, grantee_id, reason)"
+    " SELECT :tenant, gen_random_uuid(), :patient, 'clinic', clinic, :reason FROM unnest(:clinics) AS clinic"
+    " ON CONFLICT ON CONSTRAINT relation_key DO NOTHING RETURNING 1"
+).bindparams(
+    bindparam("tenant", type_=Id),
+    bindparam("patient", type_=Id),
+    bindparam("clinics", type_=Ids),
+    bindparam("reason", type_=Text),
+)
+
+
 class Grant(Owned, Base):
     """Access of one staff member for a limited time, with a reason: broken glass, or a review that follows from it."""
 
@@ -176,21 +189,8 @@ async def relate(db: AsyncSession, patient: Patient, clinic_ids: list[str], reas
     """Add relations to clinics; True where one is new. Call `tell_access` then."""
     if not clinic_ids:
         return False
-    rows = [
-        {
-            "tenant_id": patient.tenant_id,
-            "id": func.gen_random_uuid(),
-            "patient_id": patient.id,
-            "kind": "clinic",
-            "grantee_id": clinic,
-            "reason": reason,
-        }
-        for clinic in dict.fromkeys(clinic_ids)
-    ]
-    added = await db.execute(
-        insert(Relation).values(rows).on_conflict_do_nothing(constraint="relation_key").returning(Relation.grantee_id)
-    )
-    return added.first() is not None
+    values = {"tenant": patient.tenant_id, "patient": patient.id, "reason": reason, "clinics": sorted({*clinic_ids})}
+    return (await db.execute(_RELATE, values)).first() is not None
 
 
 async def tell_access(db: AsyncSession, patient: Patient) -> None:

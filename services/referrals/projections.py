@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import date
 
 from sqlalchemy import BigInteger, Text, select
-from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -52,18 +52,6 @@ class Calendar:
     zone: str
     region: str
     closed: frozenset[date]
-
-
-async def keep(db: AsyncSession, model: type[Clinic] | type[Pool], **values: object) -> None:
-    """Merge a full state; one of an older `version` changes nothing."""
-    statement = insert(model).values(values)
-    await db.execute(
-        statement.on_conflict_do_update(
-            index_elements=["tenant_id", "id"],
-            set_={name: statement.excluded[name] for name in values},
-            where=statement.excluded.version > model.version,
-        )
-    )
 
 
 async def clinic_of(db: AsyncSession, tenant_id: str, clinic_id: str) -> Clinic:

@@ -10,10 +10,11 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from chassis.pipeline import Runtime
+from chassis.projections import keep_state
 from chassis.reactions import Reactions
 from chassis.timers import due
 from chassis.wire import to_time
-from services.referrals.projections import Clinic, Pool, calendar_of, keep
+from services.referrals.projections import Clinic, Pool, calendar_of
 from services.referrals.referral import Referral, ReferralVisit
 
 reactions = Reactions()
@@ -25,12 +26,10 @@ _NEVER_PROMISED = ("PENDING", "PROPOSED", "WAITLIST")
 @reactions.on("pool.changed", payload=patients.PoolState)
 async def store_pool(pool: patients.PoolState, event: Event, db: AsyncSession) -> None:
     """By full state and version: any order gives the same."""
-    await keep(
+    await keep_state(
         db,
         Pool,
-        tenant_id=event.tenant_id,
-        id=pool.id,
-        version=event.version,
+        event,
         purpose=pool.purpose,
         clinic_ids=list(pool.clinic_ids),
         specialty_codes=list(pool.specialty_codes),
@@ -41,12 +40,10 @@ async def store_pool(pool: patients.PoolState, event: Event, db: AsyncSession) -
 @reactions.on("clinic.changed", payload=directory_pb2.Clinic)
 async def store_clinic(clinic: directory_pb2.Clinic, event: Event, db: AsyncSession) -> None:
     """By full state and version: any order gives the same."""
-    await keep(
+    await keep_state(
         db,
         Clinic,
-        tenant_id=event.tenant_id,
-        id=clinic.id,
-        version=event.version,
+        event,
         time_zone=clinic.time_zone,
         holiday_region=clinic.holiday_region,
         closed_dates=sorted(clinic.closed_dates),

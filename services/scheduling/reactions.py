@@ -6,6 +6,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from chassis.projections import keep_newer
 from chassis.reactions import Reactions
 from services.scheduling import occupancy
 from services.scheduling.appointment import DECEASED, Appointment, DeceasedPatient, PatientVersion, Status
@@ -22,15 +23,8 @@ async def follow_death(patient: patients.PatientEvent, event: Event, db: AsyncSe
     dead = event.type == "patient.deceased" or patient.deceased
     if not dead and (event.type == "patient.registered" or not patient.HasField("deceased")):
         return  # nothing is older than a registration; an event without the field doesn't say
-    statement = insert(PatientVersion).values(tenant_id=event.tenant_id, patient_id=patient.id, version=event.version)
-    newer = await db.execute(
-        statement.on_conflict_do_update(
-            index_elements=[PatientVersion.tenant_id, PatientVersion.patient_id],
-            set_={"version": statement.excluded.version},
-            where=statement.excluded.version > PatientVersion.version,
-        ).returning(PatientVersion.version)
-    )
-    if newer.first() is None:
+    state = {"tenant_id": event.tenant_id, "patient_id": patient.id, "version": event.version}
+    if not await keep_newer(db, PatientVersion, state, key=("tenant_id", "patient_id")):
         return
     if dead:
         await _stop_visits(patient, event, db)
