@@ -1,30 +1,39 @@
 """The loop that deletes what was taken long ago: nobody asks for it any more, and the table grows with each visit."""
 
+import asyncio
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Interval, bindparam, text
+from sqlalchemy import Interval, Text, bindparam, text
 
 if TYPE_CHECKING:
     from chassis.pipeline import Runtime
 
-BATCH = 500
+PAGES = 128
 EVERY_SECONDS = 3600.0
-# The packed range ends in its lane's seconds: 32 bits, of which the last second itself is free. Rows are found by one
-# sequential read an hour: what stays is bounded by what lies ahead, and an index would cost each booking.
+_REST_SECONDS = 0.05
+# The packed range ends in its lane's seconds: 32 bits, of which the last second itself is free. The table is walked once,
+# some pages at a time: an index would cost each booking, and looking from the start for each batch would be quadratic.
 # SKIP LOCKED waits for nobody: other replicas' rows and those of a visit that is being moved are left to them. What is
 # locked here lies in the past, where nobody books.
 _DELETE = text(
     "DELETE FROM occupancy WHERE ctid = ANY(ARRAY("
-    "SELECT ctid FROM occupancy"
-    " WHERE ((upper(during) - 1) & 4294967295) < extract(epoch FROM transaction_timestamp() - :kept)::bigint"
-    " LIMIT :most FOR UPDATE SKIP LOCKED))"
-).bindparams(bindparam("kept", type_=Interval))
+    "SELECT ctid FROM occupancy WHERE ctid >= CAST(:first AS tid) AND ctid < CAST(:end AS tid)"
+    " AND ((upper(during) - 1) & 4294967295) < extract(epoch FROM transaction_timestamp() - :kept)::bigint"
+    " FOR UPDATE SKIP LOCKED))"
+).bindparams(bindparam("kept", type_=Interval), bindparam("first", type_=Text), bindparam("end", type_=Text))
+_SIZE = text("SELECT pg_relation_size('occupancy') / current_setting('block_size')::int")
 
 
 async def delete_old_occupancy(runtime: "Runtime") -> int:
-    """Delete a batch of rows that ended longer ago than `occupancy_kept`; answers how many."""
+    """Delete the rows that ended longer ago than `occupancy_kept`; answers how many."""
     kept = timedelta(seconds=runtime.settings.occupancy_kept)  # type: ignore[attr-defined]
-    async with runtime.database.acting("system:scheduling") as db:
-        deleted = await db.execute(_DELETE, {"kept": kept, "most": BATCH})
-    return deleted.rowcount  # type: ignore[attr-defined, no-any-return]
+    done = 0
+    async with runtime.database.reading() as db:
+        pages = (await db.execute(_SIZE)).scalar_one()
+    for first in range(0, pages, PAGES):
+        async with runtime.database.acting("system:scheduling") as db:
+            deleted = await db.execute(_DELETE, {"kept": kept, "first": f"({first},0)", "end": f"({first + PAGES},0)"})
+            done += deleted.rowcount  # type: ignore[attr-defined]
+        await asyncio.sleep(_REST_SECONDS)
+    return done

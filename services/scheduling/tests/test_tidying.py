@@ -47,27 +47,37 @@ async def test_what_ended_a_week_ago_is_deleted_and_nothing_else(desk):
     assert await tidy(desk) == 0
 
 
-async def test_it_goes_in_batches(desk, monkeypatch):
-    monkeypatch.setattr(tidying, "BATCH", 3)
-    for hour in (10, 11):
-        await a_visit(desk, hour, WEEK * 2 + 4000 * hour)
-    assert [await tidy(desk) for _ in range(3)] == [3, 1, 0]
+async def test_it_walks_the_table_a_few_pages_at_a_time(desk, monkeypatch):
+    monkeypatch.setattr(tidying, "PAGES", 1)
+    monkeypatch.setattr(tidying, "_REST_SECONDS", 0)
+    visits = [
+        await a_visit(desk, 10 + n, WEEK * 2 + 4000 * n, practitioner)
+        for n in range(20)
+        for practitioner in (desk.doctor, desk.other)
+    ]
+    ((pages,),) = await desk.sql("SELECT max((ctid::text::point)[0]) FROM occupancy")
+    assert pages >= 1
+    assert await tidy(desk) == 2 * len(visits)
+    assert await tidy(desk) == 0
 
 
 async def test_neither_a_booking_nor_another_replica_waits_for_it(desk):
     for hour in (20, 21):
         await a_visit(desk, hour, WEEK * 3 + 4000 * hour)
     async with desk.database.engine.connect() as other, asyncio.timeout(5):
-        await other.execute(tidying._DELETE, {"kept": timedelta(seconds=WEEK), "most": 3})
-        assert await tidy(desk) == 1  # the one that the other has not in hand
+        await other.execute(tidying._DELETE, {"kept": timedelta(seconds=WEEK), "first": "(0,0)", "end": "(1000,0)"})
+        assert await tidy(desk) == 0  # the other has them in hand
         await a_visit(desk, 22)
         await other.rollback()
+    assert await tidy(desk) == 4
+    for hour in (25, 26):
+        await a_visit(desk, hour, WEEK * 3 + 4000 * hour)
     # Nor does it wait for a visit whose rows somebody has locked.
     async with desk.database.engine.connect() as other, asyncio.timeout(5):
         await other.execute(text("SELECT FROM occupancy FOR UPDATE"))
         assert await tidy(desk) == 0
         await other.rollback()
-    assert await tidy(desk) == 3
+    assert await tidy(desk) == 4
 
 
 async def test_the_service_runs_it_and_its_setting_is_a_week():
