@@ -146,6 +146,19 @@ def _visible(table: str | None) -> TextClause:
     )
 
 
+@cache
+def seen(*, everybody: bool) -> TextClause:
+    """Which of `patients` of a `tenant` are there, and seen by the caller of `visible`'s parameters or by everybody."""
+    scoped = _visible(None)
+    condition = "" if everybody else f" AND {scoped.text}"
+    statement = text(
+        f"SELECT patient_id FROM record_subject WHERE tenant_id = :tenant AND patient_id = ANY(:patients){condition}"
+    ).bindparams(
+        bindparam("tenant", type_=Uuid(as_uuid=False)), bindparam("patients", type_=ARRAY(Uuid(as_uuid=False)))
+    )
+    return statement if everybody else statement.bindparams(*scoped._bindparams.values())
+
+
 class Access:
     """One service's view of who may see whom.
 

@@ -7,11 +7,11 @@ from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message
-from sqlalchemy import ARRAY, ColumnElement, Select, Uuid, and_, any_, bindparam, literal, select, tuple_
+from sqlalchemy import ColumnElement, Select, Uuid, and_, bindparam, literal, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
-from chassis.access import Caller, NeedSubject, visible
+from chassis.access import Caller, NeedSubject, seen, visible
 from chassis.errors import Aborted, FailedPrecondition, Invalid, NotFound, PermissionDenied
 from chassis.model import Act, Aggregate, by_id
 from chassis.reading import Reading, Rows, Unfit
@@ -235,29 +235,13 @@ class Call:
     async def _seen(self, patient_ids: Sequence[str]) -> set[str]:
         """Those of these patients whose records the caller may see."""
         self._refuse_link()
-        table = self.runtime.access.tables.subject
-        system = self.caller.kind == "system"
+        statement = seen(everybody=self.caller.kind == "system")
+        values = {**self._named(), "patients": list(patient_ids)}
         if self._reading is not None:
-            tenant, ids = Uuid(as_uuid=False), ARRAY(Uuid(as_uuid=False))
-
-            def base() -> Select[Any]:
-                query = select(table.c.patient_id).where(
-                    table.c.tenant_id == bindparam("tenant", type_=tenant),
-                    table.c.patient_id == any_(bindparam("patients", type_=ids)),
-                )
-                return query if system else query.where(visible(None))
-
             with contextlib.suppress(Unfit):
-                found = await self.runtime.database.statements.records(
-                    self._reading, f"seen {system}", base, {**self._named(), "patients": patient_ids}
-                )
+                found = await self.runtime.database.statements.records(self._reading, statement, values)
                 return {str(one[0]) for one in found}
-        query = select(table.c.patient_id).where(
-            table.c.tenant_id == self.tenant_id, table.c.patient_id.in_(patient_ids)
-        )
-        if not system:
-            query = query.where(visible(None, self._conditions()))
-        return set((await self.db.execute(query)).scalars())
+        return {str(one) for one in (await self.db.execute(statement, values)).scalars()}
 
     async def page(
         self,

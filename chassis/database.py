@@ -14,13 +14,14 @@ from prometheus_client import Counter
 from sqlalchemy import ARRAY, LargeBinary, Text, Uuid, bindparam, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session as SyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from chassis.errors import Aborted
 from chassis.ids import new_id
 from chassis.model import Act, Told, listen
 from chassis.reading import Connections, Loader, Reading, Statements, Unfit
+from chassis.session import Session
 from chassis.settings import Settings
 from chassis.telemetry import Telemetry, current_traceparent
 from chassis.wire import to_proto
@@ -92,20 +93,20 @@ class Database:
         self.statements = Statements(self.engine)
         self.audit = AuditLog(self._autocommit, self._loader, telemetry)
 
-        class ServiceSession(Session):
+        class ServiceSession(SyncSession):
             """Sessions of this service alone: listeners of one must not hear another's."""
 
         listen(ServiceSession)
         event.listen(ServiceSession, "before_commit", self._tell)
         event.listen(ServiceSession, "after_commit", self._told)
-        self.sessions: async_sessionmaker[AsyncSession] = async_sessionmaker(
-            self.engine, sync_session_class=ServiceSession, expire_on_commit=False
+        self.sessions: async_sessionmaker[Any] = async_sessionmaker(
+            self.engine, class_=Session, sync_session_class=ServiceSession, expire_on_commit=False
         )
         self._placed: async_sessionmaker[_Placed] = async_sessionmaker(
             self._autocommit, class_=_Placed, sync_session_class=ServiceSession, expire_on_commit=False
         )
-        self._readers: async_sessionmaker[AsyncSession] = async_sessionmaker(
-            self._autocommit, sync_session_class=ServiceSession, expire_on_commit=False
+        self._readers: async_sessionmaker[Session] = async_sessionmaker(
+            self._autocommit, class_=Session, sync_session_class=ServiceSession, expire_on_commit=False
         )
 
     def share(self, **info: Any) -> None:
@@ -221,7 +222,7 @@ class Database:
         await db.execute(_OUTBOX, {"topic": self.telling.topic, **values})
         db.info["woke"] = True
 
-    def _outbox(self, session: Session) -> tuple[list[str], list[bytes], list[str]]:
+    def _outbox(self, session: SyncSession) -> tuple[list[str], list[bytes], list[str]]:
         told: Sequence[Told] = sorted(session.info.pop("told", []), key=lambda one: one.order)
         if told:
             session.info["woke"] = True
@@ -233,7 +234,7 @@ class Database:
             [traceparent] * len(events),
         )
 
-    def _tell(self, session: Session) -> None:
+    def _tell(self, session: SyncSession) -> None:
         session.flush()
         keys, values, traceparents = self._outbox(session)
         if keys:
@@ -242,7 +243,7 @@ class Database:
                 {"topic": self.telling.topic, "keys": keys, "values": values, "traceparents": traceparents},
             )
 
-    def _told(self, session: Session) -> None:
+    def _told(self, session: SyncSession) -> None:
         if session.info.pop("woke", False):
             self.wake()
         for wake in session.info.pop("wakes", {}).values():
@@ -259,7 +260,7 @@ class Database:
         await self.engine.dispose()
 
 
-class _Placed(AsyncSession):
+class _Placed(Session):
     """A session that takes its place at the database with its first statement, and gives it back when it is closed."""
 
     place: contextlib.AbstractAsyncContextManager[None] | None = None

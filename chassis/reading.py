@@ -372,14 +372,12 @@ class Statements:
                 await _add_children(reading, children, answer)
         return answer
 
-    async def records(
-        self, reading: Reading, name: str, base: Callable[[], Select[Any]], named: Mapping[str, Any]
-    ) -> list[Values]:
-        """Rows of a query whose parameters are all named. Raises Unfit."""
-        known = self._texts.get(name)
+    async def records(self, reading: Reading, statement: TextClause, named: Mapping[str, Any]) -> list[Values]:
+        """Rows of a textual statement. Raises Unfit."""
+        known = self._texts.get(statement)
         if known is None:
-            compiled = base().compile(dialect=self._dialect)
-            known = self._texts[name] = (str(compiled), self._slots(compiled, {}))
+            compiled = statement.compile(dialect=self._dialect)
+            known = self._texts[statement] = (str(compiled), self._slots(compiled, {}))
         sql, slots = known
         return await reading.fetch(
             sql,

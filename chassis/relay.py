@@ -48,9 +48,9 @@ class _LeaseLost(Exception):
 class Relay:
     """Sends one database's outbox; of all relays on it, only the holder of the lease `name` does.
 
-    `wake()` right after a commit: what comes alone is sent at once, what follows at most 15 ms later. The sweep (50 ms, doubling to `sweep` seconds while there is nothing) finds what was
-    committed elsewhere. Delivery is at least once and in order per key. A message that the bus refuses for good sets
-    its key aside with the reason; nothing else waits for it.
+    `wake()` right after a commit: what comes alone is sent at once, what follows at most 15 ms later. The sweep (50 ms,
+    doubling to `sweep` seconds while there is nothing) finds what was committed elsewhere. Delivery is at least once and in
+    order per key. A message that the bus refuses for good sets its key aside with the reason; nothing else waits for it.
     """
 
     def __init__(
