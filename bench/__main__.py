@@ -78,7 +78,8 @@ async def _measure(arguments: argparse.Namespace) -> list[Figure]:
                 if "contested" in only:
                     await one(lambda: workloads.contested(world, seconds=seconds))
                 if "lag" in only:
-                    await one(lambda: workloads.lag(world, seconds=seconds))
+                    for rate in (25.0, 100.0):
+                        await one(lambda rate=rate: workloads.lag(world, seconds=seconds, rate=rate))  # type: ignore[misc]
         finally:
             if other is not None:
                 other.stop()
