@@ -35,7 +35,8 @@ _MARK = text(
     "INSERT INTO inbox (group_name, event_id, type) VALUES (:group_name, CAST(:event_id AS uuid), :type)"
     " ON CONFLICT DO NOTHING RETURNING time"
 )
-_COMMIT_EVERY = 0.1
+_COMMIT_EVERY = 0.5  # what is read again after a crash: the inbox knows it
+_LOOK_EVERY = 0.1  # whether a worker of a partition that is full or being retried has come further
 _LAG_EVERY = 5.0
 _QUEUED_AT_MOST = 500  # per partition; above it the partition is paused
 _HEADERS = "care-dlq-"
@@ -181,8 +182,8 @@ class Consumer:
                 if self._done and time.monotonic() - committed_at > _COMMIT_EVERY:
                     committed_at = time.monotonic()
                     await self._commit(reader)
-                busy = self._done or any(not worker.done() for worker in self._workers.values())
-                found = await reader.fetch(_QUEUED_AT_MOST, _COMMIT_EVERY if busy else 0.5)
+                busy = any(not worker.done() for worker in self._workers.values())
+                found = await reader.fetch(_QUEUED_AT_MOST, _LOOK_EVERY if busy else _COMMIT_EVERY)
                 for partition, records in found.items():
                     self._queues.setdefault(partition, deque()).extend(records)
                 await self._balance(reader)
