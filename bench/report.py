@@ -107,4 +107,11 @@ and system time of a group's processes; for bookings it includes everything that
 
 {_BEGIN}
 {_END}
+
+## What the figures say
+The first floors are not reached: a summary by a factor of two to three, a booking by three, and with it all that is asked at a
+hundred bookings a second, which is more than this machine books. Time goes into Python in small pieces: a statement costs
+0.1 to 0.3 CPU-ms in the client whoever sends it, an event that is handled alone five to six statements, and each booking sets
+off two events in patients, one in referrals and feedback each, a message with its own checks, claims and outcome. Batching
+halves what a summary costs; the same would help events, which are still applied one transaction each.
 """
