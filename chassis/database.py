@@ -124,7 +124,7 @@ class Database:
     async def acting(self, actor: str) -> AsyncIterator[AsyncSession]:
         """A transaction of the service itself (timers, loops), with the database's clock; commits at the end."""
         async with self.writing() as db:
-            now = (await db.execute(text("SELECT clock_timestamp()"))).scalar_one()
+            now = (await db.execute(_CLOCK)).scalar_one()
             db.info["act"] = Act(actor, now)
             yield db
             await db.commit()
@@ -375,7 +375,7 @@ def in_progress() -> Aborted:
 def engine(settings: Settings, *, application: str) -> AsyncEngine:
     """An engine whose errors hold no values and whose statements end."""
     url = make_url(settings.database_url)
-    return create_async_engine(
+    made = create_async_engine(
         url,
         hide_parameters=True,
         poolclass=AsyncAdaptedQueuePool,
@@ -388,6 +388,15 @@ def engine(settings: Settings, *, application: str) -> AsyncEngine:
         json_deserializer=orjson.loads,
         connect_args=_connect_arguments(settings, application),
     )
+    dialect: Any = made.dialect
+    is_lost = dialect.is_disconnect
+
+    def is_of_no_use(error: BaseException, *place: Any) -> bool:
+        # Prepared before a migration: in a transaction it can only be begun anew, on a connection that is new, too.
+        return isinstance(error.__cause__, asyncpg.InvalidCachedStatementError) or is_lost(error, *place)
+
+    dialect.is_disconnect = is_of_no_use
+    return made
 
 
 def _connect_arguments(settings: Settings, application: str) -> dict[str, Any]:
@@ -426,6 +435,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     return list(columns.values())
 
 
+_CLOCK = text("SELECT clock_timestamp()")
 _UUID = Uuid(as_uuid=False)
 _ENTRY = (
     "id",

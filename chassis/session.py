@@ -10,6 +10,7 @@ from sqlalchemy.engine import Connection, Dialect, IteratorResult
 from sqlalchemy.engine.result import SimpleResultMetaData
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import SessionTransaction
 from sqlalchemy.sql.selectable import TextualSelect
 
 Process = Callable[[Any], Any]
@@ -25,35 +26,26 @@ class Session(AsyncSession):
         if type(statement) not in (TextClause, TextualSelect) or more or not isinstance(params, Mapping | None):
             return await super().execute(statement, params, **more)
         driver = self._driver
-        if driver is None or driver.connection.closed:
+        # A savepoint is made, and what a failed flush left behind is told, where SQLAlchemy is asked for the connection.
+        if driver is None or driver.began is not self.sync_session._transaction or not driver.began.is_active:
             driver = self._driver = await self._connected()
         brief = _brief(statement, driver.connection.dialect)
-        if brief.expands:
+        if brief.detours:
             return await super().execute(statement, params)
         return await driver.run(brief, params or {})
 
     async def _connected(self) -> "_Driver":
         connection = await self.connection()
         pooled = await connection.get_raw_connection()
-        assert connection.sync_connection is not None
-        return _Driver(connection.sync_connection, pooled.dbapi_connection, pooled.driver_connection)
-
-    async def commit(self) -> None:
-        self._driver = None
-        await super().commit()
-
-    async def rollback(self) -> None:
-        self._driver = None
-        await super().rollback()
-
-    async def close(self) -> None:
-        self._driver = None
-        await super().close()
+        began = self.sync_session._transaction
+        assert connection.sync_connection is not None and began is not None
+        return _Driver(began, connection.sync_connection, pooled.dbapi_connection, pooled.driver_connection)
 
 
 class _Driver(NamedTuple):
-    """The connection of one transaction, on its three levels."""
+    """The connection of one transaction or savepoint, on its three levels."""
 
+    began: SessionTransaction
     connection: Connection
     adapted: Any
     driver: Any
@@ -70,7 +62,9 @@ class _Driver(NamedTuple):
                 return Done(await self.driver.execute(brief.sql, *arguments))
             records = await self.driver.fetch(brief.sql, *arguments)
         except Exception as error:
-            raise self._translated(brief, error) from error
+            if (told := self._translated(brief, error)) is error:
+                raise
+            raise told from error
         except BaseException as error:  # a call that was given up must not keep its locks until its statement ends
             self.connection.invalidate(error)
             raise
@@ -83,7 +77,9 @@ class _Driver(NamedTuple):
             self.adapted._handle_exception(error)
         except base as told:
             is_away = bool(dialect.is_disconnect(told, self.adapted, None))
-            if is_away:
+            if is_away and (pooled := self.connection._dbapi_connection) is not None:
+                # As SQLAlchemy does it: what ended this connection has ended those beside it, too.
+                self.connection.engine.pool._invalidate(pooled, told)
                 self.connection.invalidate(told)
             return DBAPIError.instance(
                 brief.sql, None, told, base, hide_parameters=True, connection_invalidated=is_away, dialect=dialect
@@ -109,7 +105,12 @@ class _Brief:
         self.slots: Sequence[tuple[str, Process | None]] = [
             (name, compiled._bind_processors.get(name)) for name in compiled.positiontup or ()
         ]
-        self.expands = bool(compiled.literal_execute_params or compiled.post_compile_params)
+        # What SQLAlchemy renders anew for its values, or has values of its own, is left to it.
+        self.detours = bool(
+            compiled.literal_execute_params
+            or compiled.post_compile_params
+            or not all(compiled.binds[name].required for name, _ in self.slots)
+        )
         self.counts = bool(_COUNTS.search(self.sql))
         types = statement.selected_columns if isinstance(statement, TextualSelect) else ()
         self._types = {column.key: column.type for column in types}
