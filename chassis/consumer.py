@@ -95,7 +95,8 @@ class Consumer:
     later events go on. Nothing is committed before its effect or its parking is.
 
     `before(event)` runs ahead of the transaction (make sure of rows that need an RPC; raise `Retry`).
-    `recover(error, event)` may mend what a reaction lacked, outside any transaction; True means try once more.
+    `recover(error, event)` may mend what a reaction lacked, outside any transaction; True means try once more, and where it
+    raises that something is away the event waits.
     `applied(event, record)` runs after the commit (wake the relay, a heartbeat). `known_types`: where given, an event
     of a type that is neither here nor has a reaction is newer than this build and is parked for its replay.
     """
@@ -260,7 +261,6 @@ class Consumer:
     async def _settle(self, record: Record, partition: Partition) -> bool:
         """Apply or park, retrying in place for as long as it takes; False if stopped before either was done."""
         tries = cancelled = 0
-        recovered = False
         event: Event | None = None
         trouble: Exception | None = None
         try:
@@ -270,15 +270,11 @@ class Consumer:
                         await self._park(record, event, trouble)
                         return True
                     event, registered = self._read(record)
-                    async with self._room:
-                        await self._apply(event, registered, record)
+                    await self._apply_mended(event, registered, record)
                     return True
                 except _ParkingFailed as error:
                     away: BaseException = error.__cause__ or error
                 except Exception as error:
-                    if not recovered and event is not None and await self._recovers(error, event):
-                        recovered = True
-                        continue
                     is_cancelled = sqlstate_of(error) == _CANCELLED
                     cancelled += is_cancelled
                     if not (is_away(error) or (is_cancelled and cancelled < _CANCELLED_AT_MOST)):
@@ -299,13 +295,22 @@ class Consumer:
         finally:
             self._retrying.discard(partition)
 
-    async def _recovers(self, error: Exception, event: Event) -> bool:
-        if self._recover is None or isinstance(error, Unreadable):
-            return False
+    async def _apply_mended(self, event: Event, registered: list[Registered], record: Record) -> str:
+        """`_apply`, once more where what it lacked could be mended; raises what says that this has to wait."""
         try:
-            return await self._recover(error, event)
-        except Exception:
-            return False
+            return await self._apply(event, registered, record)
+        except Exception as error:
+            if self._recover is None or isinstance(error, Unreadable):
+                raise
+            try:
+                mended = await self._recover(error, event)
+            except Exception as failure:
+                if is_away(failure):
+                    raise
+                mended = False
+            if not mended:
+                raise
+        return await self._apply(event, registered, record)
 
     def _read(self, record: Record) -> tuple[Event, list[Registered]]:
         """The envelope and its reactions (none: the event is passed over). Raises Unreadable."""
@@ -328,19 +333,20 @@ class Consumer:
         if not registered:
             self._metrics.settled.labels(self.group, "passed").inc()
             return "passed"
-        started = time.perf_counter()
-        with self._span(event, record) as span:
-            try:
-                outcome = await self._effects(event, registered, record)
-            except BaseException as error:
-                span.set_attribute("error.type", type(error).__name__)
-                if reason := reason_of(error):
-                    span.set_attribute("care.reason", reason)
-                span.set_status(Status(SpanStatus.ERROR))
-                raise
-            span.set_attribute("care.outcome", outcome)
+        async with self._room:
+            started = time.perf_counter()
+            with self._span(event, record) as span:
+                try:
+                    outcome = await self._effects(event, registered, record)
+                except BaseException as error:
+                    span.set_attribute("error.type", type(error).__name__)
+                    if reason := reason_of(error):
+                        span.set_attribute("care.reason", reason)
+                    span.set_status(Status(SpanStatus.ERROR))
+                    raise
+                span.set_attribute("care.outcome", outcome)
+            self._metrics.seconds.labels(self.group).observe(time.perf_counter() - started)
         self._metrics.settled.labels(self.group, outcome).inc()
-        self._metrics.seconds.labels(self.group).observe(time.perf_counter() - started)
         if outcome == "applied":
             self._metrics.freshness.labels(self.group).observe(max(0.0, time.time() - event.time.ToNanoseconds() / 1e9))
         if self._applied is not None:
@@ -483,13 +489,7 @@ class Consumer:
             if record.header(_HEADERS + "value-omitted"):
                 raise Unreadable("VALUE_OMITTED")
             event, registered = self._read(record)
-            for attempt in range(2):
-                try:
-                    return await self._apply(event, registered, record)
-                except Exception as error:
-                    if attempt or not await self._recovers(error, event):
-                        raise
-            raise AssertionError
+            return await self._apply_mended(event, registered, record)
         except Exception as error:
             if is_away(error):
                 raise Retry(reason_of(error) or "AWAY") from error

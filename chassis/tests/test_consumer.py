@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from chassis.bus import AppendRefused, BusUnavailable, MayLeave, Message, Record
 from chassis.bus.postgres import PostgresBus
 from chassis.consumer import Consumer, Retry, trim_inbox
+from chassis.errors import Unavailable
 from chassis.reactions import Reactions
 from chassis.tests.telling import TRACEPARENT, Thing, event_of, message_of, metric
 from system.postgres import Postgres
@@ -346,6 +347,31 @@ async def test_hooks_run_before_the_transaction_after_the_commit_and_where_somet
     assert await consumer._settle(record, (topic, 0))
     assert calls == ["before 1", "recover LookupError", "before 1", "applied 5"]
     assert await thing.seen() == [("k", 1)]
+
+
+async def test_an_event_whose_mending_needs_somebody_who_is_away_waits_and_is_not_parked(
+    thing: Thing, bus: Watched, topic: str
+) -> None:
+    tries = 0
+
+    async def lacks(event: Any) -> None:
+        raise LookupError
+
+    async def recover(error: Exception, event: Any) -> bool:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise Unavailable("ACCESS_UNCONFIRMED", "")
+        thing.troubles.pop("k", None)
+        return True
+
+    thing.troubles["k"] = lacks
+    consumer = thing.consumer(bus, topic, [topic], recover=recover)
+    record = Record(topic, 0, 5, "k", event_of("k", 1).SerializeToString(), (), 0)
+    async with asyncio.timeout(5):
+        assert await consumer._settle(record, (topic, 0))
+    assert (tries, await thing.seen()) == (3, [("k", 1)])
+    assert metric(consumer, "care_consumer_events_total", group=topic, outcome="parked") == 0
 
 
 async def test_the_span_is_a_child_of_the_request_links_to_it_and_tells_a_failure(
