@@ -211,7 +211,8 @@ class Access:
         return await asyncio.shield(looking)
 
     def _looked(self, key: tuple[str, str, str], done: "asyncio.Task[Caller]") -> None:
-        self._looking.pop(key, None)
+        if self._looking.get(key) is done:
+            del self._looking[key]
         if not done.cancelled():
             done.exception()  # whoever waits has it
 
@@ -272,6 +273,7 @@ class Access:
         """Roles or logins changed: ask the projection again."""
         self._forgotten += 1
         self._callers.clear()
+        self._looking.clear()  # whoever comes from now on waits for no look that began before
 
     # -- how sure the projection is ------------------------------------------------------------------------------------
 
@@ -342,10 +344,13 @@ class Access:
         for _ in range(min(asked, len(times) if times else 0)):
             times.pop()  # type: ignore[union-attr]
 
-    async def read_through(self, tenant_id: str, subject_ids: Sequence[str]) -> None:
-        """Fetch access sets from the owner and merge them by version. Raises Unavailable `ACCESS_UNCONFIRMED`."""
+    async def read_through(self, tenant_id: str, subject_ids: Sequence[str]) -> list[str]:
+        """Fetch access sets from the owner and merge them by version; answers whose, 100 at most.
+
+        Raises Unavailable `ACCESS_UNCONFIRMED`.
+        """
         if self._owner is None:
-            return
+            return []
         asked = list(dict.fromkeys(subject_ids))[:100]
         try:
             found = await self._owner.subjects(tenant_id, asked)
@@ -358,6 +363,7 @@ class Access:
                 await store_subject(connection, self.tables, subject)
             for _ in asked[len(found) :]:  # an id that doesn't exist takes as many round trips as a hidden one
                 await connection.execute(_NOTHING)
+        return asked
 
 
 _NOTHING = text("SELECT FROM record_subject WHERE false")

@@ -9,7 +9,7 @@ import grpc
 from care.access.v1 import access_pb2, access_pb2_grpc
 
 from chassis.auth import Credential
-from chassis.errors import Problem, Unavailable, problem_from_rpc
+from chassis.errors import Unavailable, problem_from_rpc
 from chassis.telemetry import Telemetry
 
 _TIMEOUT = 2.0
@@ -120,5 +120,3 @@ async def call(rpc: Any, request: Any, metadata: Sequence[tuple[str, str]], *, t
         return await rpc(request, metadata=metadata, timeout=timeout)
     except grpc.RpcError as error:
         raise problem_from_rpc(error) from None
-    except Problem:
-        raise

@@ -214,9 +214,8 @@ async def see(exchange: Exchange, proceed: Proceed) -> Message:
             if not allowed and not need.optional:
                 raise NotFound from None
         if allowed:
-            await access.read_through(caller.tenant_id, fresh)
             asked += 1
-            exchange.confirmed = [*exchange.confirmed, *fresh]
+            exchange.confirmed = [*exchange.confirmed, *await access.read_through(caller.tenant_id, fresh)]
 
 
 async def audit(exchange: Exchange, proceed: Proceed) -> Message:

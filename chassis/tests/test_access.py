@@ -255,6 +255,41 @@ async def test_a_subject_that_was_given_on_signs_nobody_in_wrongly_in_any_order(
     assert await signed_in(shared) == b
 
 
+async def test_who_comes_after_a_change_waits_for_no_look_from_before_it(
+    desk: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = f"changed {new_id()}"
+    await desk.harness.staff(subject, ["pools.read"])
+    watched, gate, looks = desk.server.access, asyncio.Event(), 0
+    look = watched._stored_principal
+
+    async def slow(key: tuple[str, str, str]) -> Any:
+        nonlocal looks
+        looks += 1
+        found = await look(key)
+        if looks == 1:
+            await gate.wait()
+        return found
+
+    monkeypatch.setattr(watched, "_stored_principal", slow)
+    monkeypatch.setattr(watched, "_cache_for", 2.0)
+    before = [asyncio.create_task(desk.rpc("ListPools", subject)) for _ in range(2)]
+    while not looks:
+        await asyncio.sleep(0.01)
+    await desk.sql("UPDATE principal SET active = false WHERE subject = :subject", subject=subject)
+    watched.forget_callers()
+    try:
+        assert await outcome(asyncio.wait_for(desk.rpc("ListPools", subject), 3)) == "LOGIN_INACTIVE"
+    finally:
+        gate.set()
+    before[0].cancel()  # the first of them takes nobody along
+    await before[1]
+    assert looks == 2
+    assert not watched._looking
+    assert await outcome(desk.rpc("ListPools", subject)) == "LOGIN_INACTIVE"
+    watched.forget_callers()
+
+
 # -- reading through ---------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import pytest
 from care.patients.v1 import consents_pb2, tasks_pb2
 from sqlalchemy import or_, select
 
+from chassis.errors import NotFound
 from chassis.ids import new_id
 from chassis.reading import Loader, Rows, Unfit
 from chassis.tests.small import Small
@@ -142,6 +143,19 @@ def test_an_absent_filter_filters_nothing(small: Small) -> None:
     wanted.among(Task.id, []).outside(Task.id, []).overlap(Task.security_labels, [])
     assert not wanted.terms
     assert not wanted.values
+
+
+@pytest.mark.parametrize("method", ["GetPool", "UpdatePool"])
+async def test_an_empty_id_names_no_row(small: Small, method: str) -> None:
+    pool = await small.pool()
+
+    async def hook(_: Any, call: Any) -> None:
+        await call.get(small.models.Pool, "")
+
+    small.hooks[method] = hook
+    wanted: dict[str, Any] = {"id": pool.id} if method == "GetPool" else {"pool": pool, "etag": pool.etag}
+    with pytest.raises(NotFound):
+        await small.rpc(method, **wanted)
 
 
 async def test_a_read_that_nobody_waits_for_harms_no_other() -> None:
