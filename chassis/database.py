@@ -305,11 +305,14 @@ class AuditLog:
         self._one_at_a_time = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
-    async def read(self, db: AsyncSession | Reading, entry: dict[str, Any], *, at_once: bool) -> None:
-        """Note a read: before the answer, or within half a second for a page of a list."""
+    async def read(self, entry: dict[str, Any], *, at_once: bool, db: AsyncSession | None = None) -> None:
+        """Note a read: before the answer, in `db`'s transaction where there is one, or within half a second.
+
+        While the database is away, what would wait beyond 5000 rows is an error instead.
+        """
         if not at_once and len(self._buffer) < _AUDIT_BUFFER_AT_MOST:
-            self.later(entry)
-        elif isinstance(db, Reading):
+            self._buffer.append(entry)
+        elif db is None:
             await self.write([entry])
         else:
             await db.execute(_AUDIT, entry)
@@ -321,10 +324,6 @@ class AuditLog:
         except Unfit:  # the long way tells what is wrong
             async with self._engine.connect() as connection:
                 await connection.execute(_AUDIT_ONCE, [dict(row) for row in rows])
-
-    def later(self, entry: dict[str, Any]) -> None:
-        """Note it within half a second."""
-        self._buffer.append({**entry})
 
     async def refused(self, entry: dict[str, Any]) -> None:
         """Note a refusal. Where the database is away the refusal stands in the log alone."""

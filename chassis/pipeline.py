@@ -248,7 +248,7 @@ async def transact(exchange: Exchange, proceed: Proceed) -> Message:
                 answer = await proceed(exchange)
                 if call.notes:
                     await runtime.database.audit.write(call.notes)
-                runtime.database.audit.later(entry(exchange, "OK"))
+                await runtime.database.audit.read(entry(exchange, "OK"), at_once=False)
                 return answer
             if not method.writes:
                 async with runtime.database.hot_reading() as reading:
@@ -257,7 +257,7 @@ async def transact(exchange: Exchange, proceed: Proceed) -> Message:
                     if exchange.notes is not None and not method.listing:
                         exchange.notes.append(entry(exchange, "OK"))  # whoever runs the batch writes them
                     else:
-                        await runtime.database.audit.read(reading, entry(exchange, "OK"), at_once=not method.listing)
+                        await runtime.database.audit.read(entry(exchange, "OK"), at_once=not method.listing)
                 return answer
             key = exchange.key = _key(call)
             # Queue first, then take a place: 64 twins must not hold all of them.
@@ -344,7 +344,7 @@ async def _replay(exchange: Exchange, call: Call, db: Any, key: dict[str, Any], 
         for subject in stored.subject_ids:  # access may have ended since
             await call.subject(subject)
     exchange.replayed = True
-    await exchange.runtime.database.audit.read(db, entry(exchange, "OK"), at_once=True)
+    await exchange.runtime.database.audit.read(entry(exchange, "OK"), at_once=True, db=db)
     await db.commit()
     return exchange.method.response.FromString(stored.response)
 
@@ -523,7 +523,8 @@ def entry(exchange: Exchange, outcome: str) -> dict[str, Any]:
         "on_behalf_of": call.on_behalf_of if call is not None else "",
         "method": exchange.method.name,
         "permission": exchange.method.rule.permission,
-        "purpose": call.purpose if call is not None else "",
+        # The caller's own words: with a NUL no row could be written, neither this refusal's nor those written with it.
+        "purpose": call.purpose.replace("\0", "\ufffd") if call is not None else "",
         "subject_ids": subjects,
         "outcome": outcome,
         "trace_id": f"{context.trace_id:032x}" if context.is_valid else "",

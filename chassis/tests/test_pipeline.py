@@ -590,16 +590,29 @@ async def test_a_crowd_of_refusals_is_noted_whole_on_one_connection(small: Small
     assert len(await audited(small, "care.patients.v1.TasksService/GetTask", actor=f"staff:{who}")) == 150
 
 
+async def test_no_words_of_a_caller_keep_a_refusal_out_of_the_audit(small: Small) -> None:
+    who = await small.harness.staff("nora", ["pools.read"])
+    pool = await small.pool()
+
+    async def hook(_: Any, call: Any) -> None:
+        call.purpose = "for\0care"
+        raise NotFound
+
+    small.hooks["GetPool"] = hook
+    await refused(NotFound, "NOT_FOUND", small.rpc("GetPool", "nora", id=pool.id))
+    assert len(await audited(small, "care.patients.v1.PoolsService/GetPool", actor=f"staff:{who}")) == 1
+
+
 async def test_rows_that_wait_are_written_once_even_if_the_first_try_was_not_seen_to_succeed(small: Small) -> None:
     audit = small.server.database.audit
     entry = {
         "id": new_id(), "tenant_id": new_id(), "actor": "staff:x", "on_behalf_of": "", "method": "twice",
         "permission": "", "purpose": "", "subject_ids": [], "outcome": "OK", "trace_id": "",
     }  # fmt: skip
-    audit.later(entry)
+    await audit.read(entry, at_once=False)
     await audit._flush()
-    audit.later(entry)
-    audit.later({**entry, "id": new_id()})
+    await audit.read(entry, at_once=False)
+    await audit.read({**entry, "id": new_id()}, at_once=False)
     await audit._flush()
     assert len(await audited(small, "twice")) == 2
     assert not audit._buffer
@@ -617,6 +630,21 @@ async def batch(small: Small, items: list[dict[str, Any]]) -> list[Any]:
     stub = batch_pb2_grpc.BatchServiceStub(small.harness.channel(small.name))
     request = batch_pb2.BatchReadRequest(items=items)  # type: ignore[arg-type]
     return list((await stub.BatchRead(request, metadata=small.harness.as_service("gateway"), timeout=10)).results)
+
+
+async def test_batches_leave_no_more_rows_waiting_than_lists_do(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, written = small.server.database.audit, 0
+    write = log.write
+
+    async def count(rows: Any) -> None:
+        nonlocal written
+        written += 1
+        await write(rows)
+
+    monkeypatch.setattr("chassis.database._AUDIT_BUFFER_AT_MOST", 0)
+    monkeypatch.setattr(log, "write", count)
+    await batch(small, [item(small, "PoolsService/ListPools", staff_pb2.ListPoolsRequest(), "ada")])
+    assert written == 2  # the list's, the batch's
 
 
 async def test_each_item_of_a_batch_is_its_own_callers(small: Small) -> None:
