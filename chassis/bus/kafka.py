@@ -337,6 +337,7 @@ class KafkaReader:
             await _close_consumer(consumer)
 
     async def fetch(self, max_records: int, timeout: float) -> dict[Partition, list[Record]]:
+        consumer = None
         try:
             consumer = await self._consuming()
             try:
@@ -350,10 +351,10 @@ class KafkaReader:
             else:
                 await self._watch(consumer)
         except (KafkaError, ConsumerStoppedError, OSError, TimeoutError) as error:
-            self._drop_consumer()
+            self._drop_consumer(consumer)
             raise BusUnavailable(type(error).__name__) from None
         except Exception as error:
-            raise self._broken(error) from error
+            raise self._broken(consumer, error) from error
         found: dict[Partition, list[Record]] = {}
         for place, records in batches.items():
             partition = (place.topic, place.partition)
@@ -413,7 +414,7 @@ class KafkaReader:
         except (KafkaError, OSError, TimeoutError) as error:
             raise BusUnavailable(type(error).__name__) from None
         except Exception as error:
-            raise self._broken(error) from error
+            raise self._broken(consumer, error) from error
         for place, offset in ours.items():
             self._committed[place.topic, place.partition] = offset
             unread = self._unread.get((place.topic, place.partition), deque())
@@ -454,7 +455,7 @@ class KafkaReader:
         except (KafkaError, ConsumerStoppedError, OSError, TimeoutError) as error:
             raise BusUnavailable(type(error).__name__) from None
         except Exception as error:
-            raise self._broken(error) from error
+            raise self._broken(consumer, error) from error
         lags: dict[Partition, Lag] = {}
         now = time.time()
         for place in places:
@@ -510,16 +511,16 @@ class KafkaReader:
             self._consumer = consumer
         return self._consumer
 
-    def _broken(self, error: Exception) -> BusUnavailable:
+    def _broken(self, consumer: Any, error: Exception) -> BusUnavailable:
         """What aiokafka doesn't expect, it doesn't mend: uvloop says by a bare RuntimeError that a dead broker's connection is
         closed, aiokafka takes it for open, and the consumer fails at every call from then on. So it is built anew.
         """
-        self._drop_consumer()
+        self._drop_consumer(consumer)
         return BusUnavailable(type(error).__name__)
 
-    def _drop_consumer(self) -> None:
-        consumer, self._consumer = self._consumer, None
-        if consumer is not None:
+    def _drop_consumer(self, consumer: Any) -> None:
+        if consumer is not None and consumer is self._consumer:  # else it was built anew meanwhile
+            self._consumer = None
             self._bus.later(_close_consumer(consumer))
 
 

@@ -354,7 +354,7 @@ class PostgresReader:
         # A member that stood still past its lease (stopped process, sleeping laptop) asks first who owns what now.
         if asyncio.get_running_loop().time() - self._leased_at > self._bus.lease * 2 / 3:
             await self._balance()
-        wanted = [partition for partition in self._positions if partition not in self._paused]
+        wanted = {partition: at for partition, at in self._positions.items() if partition not in self._paused}
         if not wanted:
             return {}
         async with self._bus.connection() as connection:
@@ -362,13 +362,14 @@ class PostgresReader:
                 _TAKE_NEWER,
                 [topic for topic, _ in wanted],
                 [number for _, number in wanted],
-                [self._positions[partition] for partition in wanted],
+                list(wanted.values()),
                 max_records,
             )
         found: dict[Partition, list[Record]] = defaultdict(list)
         for row in rows:
             partition = (row["topic"], row["partition"])
-            if partition in self._positions and partition not in self._paused:  # neither lost nor paused meanwhile
+            # Neither lost (and perhaps had again, from what is committed), nor sought back, nor paused meanwhile.
+            if self._positions.get(partition) == wanted[partition] and partition not in self._paused:
                 found[partition].append(
                     Record(*partition, row["offset"], row["key"], row["value"], _unpack(row["headers"]), row["ms"])
                 )

@@ -136,6 +136,28 @@ async def test_a_new_group_reads_from_the_start_whatever_others_have_read(bus: B
             await reader.commit({(record.topic, record.partition): record.offset + 1 for record in taken})
 
 
+async def test_a_fetch_under_way_does_not_undo_a_seek(
+    database: MakeDatabase, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = PostgresBus(await database("bus"))
+    await bus.append(topic, [Message("k", b"1"), Message("k", b"2")])
+    async with reading(bus, "sought", topic) as reader:
+        (first, _) = await take(reader, 2)
+        await bus.append(topic, [Message("k", b"3")])
+        connection = bus.connection
+
+        @contextlib.asynccontextmanager
+        async def slow() -> AsyncIterator[Any]:
+            async with connection() as one:
+                yield one
+            monkeypatch.undo()
+            await reader.seek((topic, first.partition), first.offset)
+
+        monkeypatch.setattr(bus, "connection", slow)
+        assert [record.value for record in await take(reader, 3)] == [b"1", b"2", b"3"]
+    await bus.stop()
+
+
 async def test_a_paused_partition_yields_nothing_until_it_is_resumed(bus: Bus, topic: str) -> None:
     async with reading(bus, "paused", topic) as reader:
         await bus.append(topic, [Message("k", b"1")])

@@ -5,8 +5,10 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from aiokafka import TopicPartition
 
 from chassis.bus import HELD_BACK, TOO_LARGE, BusUnavailable, Message, Record
 from chassis.bus.kafka import KafkaBus
@@ -127,6 +129,20 @@ async def test_a_consumer_that_fails_in_no_known_way_is_built_anew(kafka_server:
     assert (await first()).value in (b"1", b"2")
     await reader.stop()
     await bus.stop()
+
+
+async def test_what_fails_on_an_old_consumer_costs_the_new_one_nothing(topic: str) -> None:
+    reader = KafkaBus("127.0.0.1:1").reader("old", [topic])
+    old, new = (SimpleNamespace(assignment=lambda: {TopicPartition(topic, 0)}) for _ in range(2))
+
+    async def broken(_: object) -> None:
+        reader._consumer = new  # the reading task was faster
+        raise RuntimeError
+
+    old.end_offsets, reader._consumer = broken, old
+    with pytest.raises(BusUnavailable):
+        await reader.lag()
+    assert reader._consumer is new
 
 
 @pytest.mark.slow
