@@ -297,15 +297,24 @@ class Server:
     async def _tidy(self) -> None:
         """Keep what grows with time bounded: answers for replays, marks of old events."""
         while True:
-            with contextlib.suppress(Exception):  # a database that is away is tidied later
-                await self._forget_old_keys()
-                async with self.database.acting(f"system:{self.service.name}") as db:
-                    await db.execute(_OLD_BEATS)
-                # Longer than the bus keeps events: a redelivery must find its mark.
-                while await trim_inbox(self.database.engine, 31 * _DAY, _TIDY) == _TIDY:
-                    pass
-                await self.bus.trim(30 * _DAY)
+            for step in (self._forget_old_keys, self._forget_old_marks, self._trim_bus):
+                try:
+                    await step()
+                except Exception as error:  # what is away is tidied later, the rest now
+                    self.telemetry.log.warning(
+                        "not tidied, trying again", step=step.__name__, error=type(error).__name__
+                    )
             await asyncio.sleep(600)
+
+    async def _forget_old_marks(self) -> None:
+        async with self.database.acting(f"system:{self.service.name}") as db:
+            await db.execute(_OLD_BEATS)
+        # Longer than the bus keeps events: a redelivery must find its mark.
+        while await trim_inbox(self.database.engine, 31 * _DAY, _TIDY) == _TIDY:
+            pass
+
+    async def _trim_bus(self) -> None:
+        await self.bus.trim(30 * _DAY)
 
     async def _forget_old_keys(self) -> int:
         """In small transactions, until none is left: a busy day brings more than one batch in ten minutes."""

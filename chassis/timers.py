@@ -21,7 +21,7 @@ class Loop:
     """Runs `work(runtime)` until it finds nothing more, then waits `every` seconds or for `wake`.
 
     `every` is a number or made of the service's settings. `work` answers how many things it did. What it raises is logged
-    by type and tried again; a loop never ends by itself.
+    by type, once as long as it stays the same, and tried again; a loop never ends by itself.
     """
 
     def __init__(
@@ -62,15 +62,20 @@ class RunningLoop:
 
     async def _run(self) -> None:
         metrics, log = self._runtime.loop_metrics, self._runtime.telemetry.log
+        trouble = ""
         while not self._stopping:
             self._woken.clear()
             done = 0
             try:
                 done = await self._work(self._runtime)
                 metrics.done.labels(self._name).inc(done)
+                trouble = ""
             except Exception as error:  # a database or service that is away: what is due stays due
-                metrics.failed.labels(self._name, type(error).__name__).inc()
-                log.warning("timer waits, trying again", loop=self._name, exc_info=error)
+                kind = type(error).__name__
+                metrics.failed.labels(self._name, kind).inc()
+                if kind != trouble:
+                    log.warning("timer waits, trying again", loop=self._name, exc_info=error)
+                trouble = kind
             if not done and not self._stopping:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._woken.wait(), self._every)
