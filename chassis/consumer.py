@@ -277,7 +277,9 @@ class Consumer:
                 except Exception as error:
                     is_cancelled = sqlstate_of(error) == _CANCELLED
                     cancelled += is_cancelled
-                    if not (is_away(error) or (is_cancelled and cancelled < _CANCELLED_AT_MOST)):
+                    # What can't even be parked waits, too: another try at once would leave nothing else its turn.
+                    waits = trouble is not None or is_away(error) or (is_cancelled and cancelled < _CANCELLED_AT_MOST)
+                    if not waits:
                         trouble = error
                         continue
                     away = error.__cause__ or error
@@ -380,6 +382,7 @@ class Consumer:
     async def _park(self, record: Record, event: Event | None, trouble: Exception) -> None:
         """Put the record in the dead-letter topic; raises _ParkingFailed where that is not certain."""
         reason = reason_of(trouble) or "REACTION_FAILED"
+        times = _origin(record, "times", "0")
         headers = [(name, value) for name, value in record.headers if not name.startswith(_HEADERS)]
         for name, value in (
             ("reason", reason),
@@ -391,7 +394,7 @@ class Consumer:
             ("offset", _origin(record, "offset", str(record.offset))),
             ("key", _origin(record, "key", record.key)),
             ("time", str(int(time.time() * 1000))),
-            ("times", str(int(_origin(record, "times", "0")) + 1)),
+            ("times", str(int(times) + 1 if times.isdecimal() else 1)),
         ):
             headers.append((_HEADERS + name, value.encode()))
         letter = Message(record.key, record.value or b"", tuple(headers))

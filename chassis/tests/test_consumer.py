@@ -399,6 +399,19 @@ async def test_the_span_is_a_child_of_the_request_links_to_it_and_tells_a_failur
     assert "Jane" not in failed.to_json()
 
 
+@pytest.mark.parametrize("header", [b"x", b"9" * 5000])
+async def test_a_record_with_headers_that_nobody_of_ours_wrote_blocks_nothing(
+    thing: Thing, bus: Watched, topic: str, header: bytes
+) -> None:
+    consumer = thing.consumer(bus, topic, [topic])
+    record = Record(topic, 0, 1, "k", b"\xff", (("care-dlq-times", header),), 0)
+    settling = asyncio.create_task(consumer._settle(record, (topic, 0)))
+    await asyncio.sleep(0.2)  # never comes back where it is tried again at once
+    consumer._stopping.set()
+    assert await settling is (header == b"x")
+    assert metric(consumer, "care_consumer_events_total", group=topic, outcome="parked") == (header == b"x")
+
+
 async def test_old_marks_are_trimmed(thing: Thing, bus: Watched, topic: str) -> None:
     consumer = thing.consumer(bus, topic, [topic])
     for number in (1, 2):
