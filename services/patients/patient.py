@@ -1,6 +1,7 @@
 """Patients, the persons around them, and who may see their records."""
 
-from datetime import datetime
+import re
+from datetime import date, datetime
 from typing import Any
 
 from sqlalchemy import BigInteger, DateTime, Index, Text, UniqueConstraint, bindparam, func, select, text
@@ -57,8 +58,12 @@ class Patient(Aggregate, Base):
     def change(self, **values: Any) -> set[str]:
         """Set fields; answers the contact values that are gone, whose consents end.
 
-        Raises Invalid `TIME_ZONE_UNKNOWN`.
+        Raises Invalid `TIME_ZONE_UNKNOWN`, `DATE_INVALID`.
         """
+        if values.get("active", True) is None:
+            values["active"] = True
+        for name in ("birth_date", "deceased_date"):
+            known_day(values.get(name, ""), f"patient.{name}")
         before = contact_values(self.telecom or [])
         if "telecom" in values:
             values["telecom"] = normalized(values["telecom"])
@@ -174,6 +179,17 @@ class Grant(Owned, Base):
     permissions: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
     create_time: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=text("clock_timestamp()"))
     expire_time: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+
+def known_day(written: str, field: str) -> None:
+    """Raises Invalid `DATE_INVALID` unless it is empty, a year, a month or a day that the calendar has."""
+    try:
+        if written:
+            if not re.fullmatch("[0-9]{4}(-[0-9]{2}){0,2}", written):
+                raise ValueError
+            date.fromisoformat((written + "-01-01")[:10])
+    except ValueError:
+        raise Invalid("DATE_INVALID", "Not a date as YYYY, YYYY-MM or YYYY-MM-DD.", field=field) from None
 
 
 def known_zone(name: str) -> str:

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 from care.patients.v1 import patients_pb2 as pb
 from care.patients.v1.patients_pb2_grpc import PatientsServiceServicer
+from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 
@@ -30,26 +31,15 @@ class PatientsServicer(PatientsServiceServicer):
 
     async def CreatePatient(self, request: pb.CreatePatientRequest, call: Call) -> pb.Patient:
         _own_clinic(call, request.clinic_id)
-        values = given(request.patient, read_only=_READ_ONLY)
         patient = Patient(id=new_id())
-        patient.change(**values)
+        patient.change(**_values(call, request.patient))
         hidden = await _like_existing(call, patient, refuse=not request.confirm_new)
         await call.add(patient)
         await call.db.flush()
         hidden += await _claim_identifiers(call, patient)
         await tell_access_of_new(call, patient, [request.clinic_id], "registered")
         if hidden:
-            task = await open_task(
-                call.db,
-                tenant_id=call.tenant_id,
-                patient_id=patient.id,
-                code="review-duplicate",
-                source=("Patient", patient.id),
-                purpose="privacy",
-                due_time=call.now + timedelta(days=1),
-                due_basis="one day after registration",
-            )
-            await _let_review(call, patient, task)
+            await _review_duplicate(call, patient, "one day after registration")
         call.saw(patient.id)
         await call.db.flush()
         return to_proto(patient, pb.Patient)
@@ -64,15 +54,14 @@ class PatientsServicer(PatientsServiceServicer):
 
     async def UpdatePatient(self, request: pb.UpdatePatientRequest, call: Call) -> pb.Patient:
         patient = await call.get(Patient, request.patient.id, etag=require_etag(request.etag))
-        if patient.source_system and "patients.import" not in call.caller.permissions:
-            values = given(request.patient, request.update_mask, read_only=_READ_ONLY)
+        values = _values(call, request.patient, request.update_mask)
+        if patient.source_system and not call.allows("patients.import"):
             # How a patient is reached is asked at intake, whoever owns the rest of the record.
             if not values.keys() <= {"telecom", "languages", "interpreter_needed", "time_zone"}:
                 raise FailedPrecondition(
                     "MANAGED_OUTSIDE",
                     "Another system owns this record; only telecom, languages, interpreter and zone change here.",
                 )
-        values = given(request.patient, request.update_mask, read_only=_READ_ONLY)
         await _change(call, patient, values)
         await call.db.flush()
         return to_proto(patient, pb.Patient)
@@ -80,7 +69,7 @@ class PatientsServicer(PatientsServiceServicer):
     async def UpsertPatient(self, request: pb.UpsertPatientRequest, call: Call) -> pb.UpsertPatientResponse:
         if not request.patient.identifiers:
             raise Invalid("IDENTIFIER_MISSING", "An upsert needs an identifier.", field="patient.identifiers")
-        values = given(request.patient, read_only=_READ_ONLY)
+        values = _values(call, request.patient)
         key = request.patient.identifiers[0]
         known = call.tenant_wide(PatientIdentifier).where(
             PatientIdentifier.system == key.system, PatientIdentifier.value == key.value
@@ -91,8 +80,10 @@ class PatientsServicer(PatientsServiceServicer):
             patient.change(**values)
             await call.add(patient)
             await call.db.flush()
-            await _claim_identifiers(call, patient)
+            hidden = await _claim_identifiers(call, patient)
             await tell_access_of_new(call, patient, list(request.clinic_ids), "encounter")
+            if hidden:
+                await _review_duplicate(call, patient, "one day after registration")
             created = changed = True
         else:
             query = call.tenant_wide(Patient).where(Patient.id == owner.patient_id)
@@ -108,16 +99,17 @@ class PatientsServicer(PatientsServiceServicer):
 
     async def SearchPatients(self, request: pb.SearchPatientsRequest, call: Call) -> pb.SearchPatientsResponse:
         where = []
-        if request.family_name:
-            folded = fold(request.family_name)
-            sounds = Patient.family_phonetic == phonetic(request.family_name)
-            where.append(or_(Patient.family_folded.startswith(folded, autoescape=True), sounds))
-        if request.given_name:
-            where.append(Patient.given_folded.startswith(fold(request.given_name), autoescape=True))
+        # What nothing is left of after folding, such as "-", would fit everybody: it is no criterion.
+        if family := fold(request.family_name):
+            alike = Patient.family_folded.startswith(family, autoescape=True)
+            sound = phonetic(family)
+            where.append(or_(alike, Patient.family_phonetic == sound) if sound else alike)
+        if given_name := fold(request.given_name):
+            where.append(Patient.given_folded.startswith(given_name, autoescape=True))
         if request.birth_date:
             where.append(Patient.birth_date == request.birth_date)
-        if request.phone:
-            where.append(Patient.phone_digits.contains([digits(request.phone)]))
+        if phone_digits := digits(request.phone):
+            where.append(Patient.phone_digits.contains([phone_digits]))
         if request.HasField("identifier"):
             where.append(
                 select(PatientIdentifier.id)
@@ -278,6 +270,12 @@ def _channel(number: int) -> str:
     return type_pb2.Channel.Code.Name(number)
 
 
+def _values(call: Call, patient: pb.Patient, mask: FieldMask | None = None) -> dict:
+    """What a request sets. Only who imports names the owning system: anybody else's word would lock the record."""
+    read_only = _READ_ONLY if call.allows("patients.import") else _READ_ONLY | {"source_system"}
+    return given(patient, mask, read_only=read_only)
+
+
 def _own_clinic(call: Call, clinic_id: str) -> None:
     if clinic_id not in call.caller.group_ids:
         raise PermissionDenied("NOT_OWN_CLINIC", "You don't belong to this clinic.")
@@ -302,8 +300,8 @@ async def _change(call: Call, patient: Patient, values: dict) -> bool:
     gone = patient.change(**values)
     if all(getattr(patient, name) == value for name, value in before.items()):
         return False
-    if "identifiers" in values:
-        await _claim_identifiers(call, patient, refuse=True)
+    if "identifiers" in values and await _claim_identifiers(call, patient):
+        await _review_duplicate(call, patient, "one day after the change")
     if gone:
         await end_consents(call.db, patient, gone)
     if patient.deceased and not before.get("deceased", True):
@@ -332,6 +330,21 @@ async def _review_deceased(call: Call, patient: Patient) -> None:
         clinic_id=clinic,
         labels=patient.security_labels,
     )
+
+
+async def _review_duplicate(call: Call, patient: Patient, basis: str) -> None:
+    """The privacy officers look at a record that is like a restricted one: its writer isn't told."""
+    task = await open_task(
+        call.db,
+        tenant_id=call.tenant_id,
+        patient_id=patient.id,
+        code="review-duplicate",
+        source=("Patient", patient.id),
+        purpose="privacy",
+        due_time=call.now + timedelta(days=1),
+        due_basis=basis,
+    )
+    await _let_review(call, patient, task)
 
 
 async def _let_review(call: Call, patient: Patient, task: Task | None) -> None:
@@ -364,9 +377,21 @@ async def tell_access_of_new(call: Call, patient: Patient, clinic_ids: list[str]
     patient.tell("registered")
 
 
-async def _claim_identifiers(call: Call, patient: Patient, *, refuse: bool = False) -> list[str]:
-    """Put identifiers under the unique key. Raises AlreadyExists `IDENTIFIER_TAKEN` unless a restricted record has it."""
+async def _claim_identifiers(call: Call, patient: Patient) -> list[str]:
+    """Make the record's claims under the unique key those of its list; answers the restricted records that hold one.
+
+    Raises AlreadyExists `IDENTIFIER_TAKEN` where a record that isn't restricted holds it.
+    """
     hidden = []
+    wanted = {(one["system"], one["value"]) for one in patient.identifiers or ()}
+    claims = await call.db.execute(
+        select(PatientIdentifier).where(
+            PatientIdentifier.tenant_id == call.tenant_id, PatientIdentifier.patient_id == patient.id
+        )
+    )
+    for claim in claims.scalars():
+        if (claim.system, claim.value) not in wanted:
+            await call.db.delete(claim)
     for one in patient.identifiers or ():
         claim = (
             insert(PatientIdentifier)
@@ -398,7 +423,7 @@ async def _claim_identifiers(call: Call, patient: Patient, *, refuse: bool = Fal
         ).one()
         if owner.id == patient.id:
             continue
-        if not owner.restricted or refuse:
+        if not owner.restricted:
             raise AlreadyExists("IDENTIFIER_TAKEN", "An identifier belongs to another record.")
         # To say "taken" would tell that a restricted record exists.
         hidden.append(owner.id)

@@ -73,11 +73,9 @@ class PoolsServicer(PoolsServiceServicer):
     """Teams."""
 
     async def CreatePool(self, request: pb.CreatePoolRequest, call: Call) -> pb.Pool:
-        values = given(request.pool)
-        if not values.get("name"):
-            raise Invalid("NAME_MISSING", "A pool needs a name.", field="pool.name")
-        pool = await call.add(Pool(id=new_id(), active=values.pop("active", True)))
-        pool.change(**values)
+        pool = Pool(id=new_id())
+        pool.change(**{"active": True, **given(request.pool)})
+        await call.add(pool)
         await call.db.flush()
         return to_proto(pool, pb.Pool)
 

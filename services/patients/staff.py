@@ -6,6 +6,7 @@ from sqlalchemy import Index, Text, UniqueConstraint, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
+from chassis.errors import Invalid
 from chassis.model import Aggregate, Id, Ids
 from services.patients.patient import Base
 
@@ -99,9 +100,13 @@ class Pool(Aggregate, Base):
     active: Mapped[bool] = mapped_column(default=True)
 
     def change(self, **values: Any) -> None:
-        """Set fields and tell the whole pool."""
+        """Set fields and tell the whole pool. Raises Invalid `NAME_MISSING`."""
+        if values.get("active", True) is None:
+            values["active"] = True
         for name, value in values.items():
             setattr(self, name, value)
+        if not (self.name or "").strip():
+            raise Invalid("NAME_MISSING", "A pool needs a name.", field="pool.name")
         self.tell("changed")
 
 

@@ -8,6 +8,7 @@ from care.patients.v1 import events_pb2, staff_pb2
 from care.patients.v1 import patients_pb2 as pb
 from care.patients.v1.patients_pb2_grpc import PatientsServiceStub
 from care.patients.v1.staff_pb2_grpc import PoolsServiceStub, StaffServiceStub
+from sqlalchemy import text
 
 from chassis.errors import Problem
 from chassis.ids import new_id
@@ -245,3 +246,95 @@ async def test_events_say_whether_the_patient_has_died_as_of_their_version(harne
         ("updated", False),
     ]
     assert sorted(each[2] for each in states) == [each[2] for each in states]
+
+
+@pytest.mark.parametrize("blank", [{"given_name": "-"}, {"given_name": " "}, {"phone": "none"}, {"family_name": "?"}])
+async def test_what_fits_everybody_is_no_criterion(harness, clinics, blank):
+    with pytest.raises(Problem) as one:
+        await patients(harness, "SearchPatients", pb.SearchPatientsRequest(**{"family_name": "haverford"} | blank))
+    assert one.value.reason == "TWO_CRITERIA_NEEDED"
+
+
+async def test_a_name_without_latin_letters_is_not_like_every_other_one(harness, clinics):
+    patient = await created(harness, clinics[0], family="王", born="1971-01-02")
+    await created(harness, clinics[0], family="Ивано́в", born="1971-01-02", given="Олег")
+    found = await patients(
+        harness, "SearchPatients", pb.SearchPatientsRequest(family_name="王", birth_date="1971-01-02")
+    )
+    assert [card.id for card in found.matches] == [patient.id]
+
+
+async def update(harness, patient, mask, **fields):
+    request = pb.UpdatePatientRequest(
+        patient={"id": patient.id, **fields}, update_mask={"paths": mask}, etag=patient.etag
+    )
+    return await patients(harness, "UpdatePatient", request)
+
+
+async def test_a_record_whose_use_is_left_open_stays_in_use(harness, clinics):
+    patient = await created(harness, clinics[0], family="Brancusi")
+    assert (await update(harness, patient, ["active"])).active
+
+
+@pytest.mark.parametrize("field", ["birth_date", "deceased_date"])
+async def test_a_day_that_no_calendar_has_is_refused(harness, clinics, field):
+    patient = await created(harness, clinics[0], family="Feldkirch", born=f"19{70 + len(field)}")
+    for wrong in ("1999-02-30", "0000"):
+        with pytest.raises(Problem) as refused:
+            await update(harness, patient, [field], **{field: wrong})
+        assert (refused.value.reason, refused.value.metadata["field"]) == ("DATE_INVALID", f"patient.{field}")
+    assert getattr(await update(harness, patient, [field], **{field: "1999-12"}), field) == "1999-12"
+
+
+async def test_only_who_imports_says_that_another_system_owns_a_record(harness, clinics):
+    named = a_patient(family="Ostrander")
+    named.source_system = "ehr"
+    request = pb.CreatePatientRequest(patient=named, clinic_id=clinics[0], confirm_new=True)
+    patient = await patients(harness, "CreatePatient", request)
+    assert patient.source_system == ""
+    patient = await update(harness, patient, ["source_system", "languages"], source_system="ehr", languages=["fr"])
+    assert (patient.source_system, list(patient.languages)) == ("", ["fr"])
+
+
+async def test_an_identifier_that_a_record_gives_up_is_free(harness, clinics):
+    one = await created(harness, clinics[0], family="Grünewald", born="1961-01-01")
+    other = await created(harness, clinics[0], family="Thibodeaux", born="1962-01-01")
+    key, new = {"system": "urn:mrn", "value": "given-up"}, {"system": "urn:mrn", "value": "instead"}
+    one = await update(harness, one, ["identifiers"], identifiers=[key])
+    with pytest.raises(Problem) as taken:
+        await update(harness, other, ["identifiers"], identifiers=[key])
+    assert taken.value.reason == "IDENTIFIER_TAKEN"
+    await update(harness, one, ["identifiers"], identifiers=[new])
+    await update(harness, other, ["identifiers"], identifiers=[key])
+    found = await patients(harness, "SearchPatients", pb.SearchPatientsRequest(identifier=key))
+    assert [card.id for card in found.matches] == [other.id]
+
+
+async def test_an_update_does_not_tell_that_a_restricted_record_has_an_identifier(harness, clinics):
+    key = {"system": "urn:mrn", "value": "hidden"}
+    hidden = a_patient(family="Quillfeather", born="1963-01-01")
+    hidden.restricted = True
+    hidden.identifiers.add(**key)
+    await patients(harness, "CreatePatient", pb.CreatePatientRequest(patient=hidden, clinic_id=clinics[0]))
+    other = await created(harness, clinics[0], family="Underhill", born="1964-01-01")
+    updated = await update(harness, other, ["identifiers"], identifiers=[key])
+    assert updated.identifiers[0].value == "hidden"
+    async with harness.servers["patients"].database.engine.connect() as connection:
+        reviews = await connection.scalar(
+            text("SELECT count(*) FROM task WHERE code = 'review-duplicate' AND patient_id = :id"), {"id": other.id}
+        )
+    assert reviews == 1
+
+
+async def test_a_pool_keeps_its_name_and_stays_in_use_where_nothing_is_said(harness, clinics):
+    async def pools(method, request):
+        return await harness.call("patients", PoolsServiceStub, method, request, "cora")
+
+    pool = await pools("CreatePool", staff_pb2.CreatePoolRequest(pool={"name": "night", "purpose": "urgent"}))
+    request = staff_pb2.UpdatePoolRequest(pool={"id": pool.id}, update_mask={"paths": ["active"]}, etag=pool.etag)
+    pool = await pools("UpdatePool", request)
+    assert pool.active
+    request = staff_pb2.UpdatePoolRequest(pool={"id": pool.id}, update_mask={"paths": ["name"]}, etag=pool.etag)
+    with pytest.raises(Problem) as nameless:
+        await pools("UpdatePool", request)
+    assert nameless.value.reason == "NAME_MISSING"
