@@ -34,14 +34,16 @@ _SPECIAL: Final = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": f
 _TIMESTAMP = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.([0-9]{1,9}))?(Z|[+-][0-9]{2}:[0-9]{2})"
 )
-_INSTANT: Final = "An instant is expected, such as 2026-01-31T17:30:00Z."
+_INSTANT: Final = "An instant of the years 1000 to 2999 is expected, such as 2026-01-31T17:30:00Z."
 _DURATION = re.compile(r"(-?)([0-9]{1,12})(?:\.([0-9]{1,9}))?s")
 _MASK_PATH = re.compile(r"[a-z][A-Za-z0-9]*(\.[a-z][A-Za-z0-9]*)*")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]*={0,2}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,59}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MIN_SECONDS: Final = -62135596800
-_MAX_SECONDS: Final = 253402300799
+# The years 1000 to 2999. A day before or after the ends of the calendar can't be counted, and there a database's driver
+# makes "infinity" of an instant: one such row and no list that has it could be read any more.
+_MIN_SECONDS: Final = -30610224000
+_MAX_SECONDS: Final = 32503679999
 _MAX_DURATION: Final = 315576000000
 _DECIMALS: Final = ((1_000_000, 3), (1_000, 6), (1, 9))
 
@@ -294,8 +296,8 @@ def _decode_timestamp(value: Any) -> tuple[int, int]:
         if hours > 23 or minutes > 59:
             raise Mismatch(_INSTANT)
         seconds -= (hours * 3600 + minutes * 60) * (-1 if offset[0] == "-" else 1)
-        if not _MIN_SECONDS <= seconds <= _MAX_SECONDS:
-            raise Mismatch(_INSTANT)
+    if not _MIN_SECONDS <= seconds <= _MAX_SECONDS:
+        raise Mismatch(_INSTANT)
     return seconds, int(fraction.ljust(9, "0")) if fraction else 0
 
 

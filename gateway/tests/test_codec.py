@@ -54,7 +54,7 @@ def _scalar(field: FieldDescriptor, rng: random.Random) -> Any:
 def _fill(message: Any, rng: random.Random, depth: int = 0) -> None:
     name = message.DESCRIPTOR.full_name
     if name == "google.protobuf.Timestamp":
-        message.seconds = rng.choice([0, 1, -1, -62135596800, 253402300799, rng.randrange(-(10**10), 10**10)])
+        message.seconds = rng.choice([0, 1, -1, -30610224000, 32503679999, rng.randrange(-(10**10), 10**10)])
         message.nanos = rng.choice([0, 1, 120_000_000, 1_000, 999_999_999])
         message.SetInParent()
         return
@@ -138,7 +138,9 @@ APPOINTMENT = appointments_pb2.Appointment
         ({"startTime": "2026-02-30T10:00:00Z"}, "FIELD_INVALID", "startTime"),
         ({"startTime": "2026-02-03T10:00:00"}, "FIELD_INVALID", "startTime"),
         ({"startTime": "2026-02-03T10:00:60Z"}, "FIELD_INVALID", "startTime"),
-        ({"startTime": "0001-01-01T00:00:00+01:00"}, "FIELD_INVALID", "startTime"),
+        ({"startTime": "0001-01-01T00:00:00Z"}, "FIELD_INVALID", "startTime"),
+        ({"startTime": "1000-01-01T00:00:00+01:00"}, "FIELD_INVALID", "startTime"),
+        ({"startTime": "9999-12-31T23:59:59.999999999Z"}, "FIELD_INVALID", "startTime"),
         ({"startTime": "2026-02-03T10:00:00.1234567890Z"}, "FIELD_INVALID", "startTime"),
         ({"startTime": 1700000000}, "FIELD_INVALID", "startTime"),
     ],

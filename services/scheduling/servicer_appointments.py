@@ -251,6 +251,8 @@ async def _clinic_day(request: pb.ListAppointmentsRequest, call: Call) -> tuple[
         raise Invalid("CLINIC_MISSING", "date needs exactly one clinic: days begin by its clock.", field="clinic_ids")
     try:
         day = date.fromisoformat(request.date)
+        if not 1000 <= day.year <= 2999:  # at the ends of the calendar no next day can be counted
+            raise ValueError
     except ValueError:
         raise Invalid("DATE_INVALID", "There is no such day in the calendar.", field="date") from None
     zones = select(Clinic.time_zone).where(Clinic.tenant_id == call.tenant_id, Clinic.id == request.clinic_ids[0])

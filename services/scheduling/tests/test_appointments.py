@@ -577,6 +577,9 @@ async def test_a_day_is_the_clinics_own(desk):
     assert await day(summer + timedelta(days=1)) == [early]
     both = pb.ListAppointmentsRequest(clinic_ids=[desk.clinic, new_id()], date=summer.isoformat())
     assert await refused(desk("ListAppointments", both)) == "CLINIC_MISSING"
+    for end in ("0001-01-01", "9999-12-31"):
+        last = pb.ListAppointmentsRequest(clinic_ids=[desk.clinic], date=end)
+        assert await refused(desk("ListAppointments", last)) == "DATE_INVALID"
 
 
 async def test_services_read_all_of_their_tenant_and_no_other(desk):
