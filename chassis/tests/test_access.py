@@ -305,6 +305,11 @@ async def test_a_patient_that_this_service_has_not_heard_of_is_read_through(desk
     assert desk.owner.asked[asked:] == [patient]
 
 
+async def test_only_who_was_asked_about_counts_as_confirmed(desk: Small) -> None:
+    many = [new_id() for _ in range(150)]
+    assert await desk.server.access.read_through(desk.harness.tenant_id, many) == many[:100] == desk.owner.asked[-100:]
+
+
 async def test_broken_glass_is_seen_at_once(desk: Small) -> None:
     nurse = await desk.harness.staff("night nurse", ALL, clinics=[new_id()])
     patient = await desk.patient()
