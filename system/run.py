@@ -74,9 +74,7 @@ class System:
             self.ready_time = time.time()
             self._write_run_file()
             if not self.empty:
-                from system import sample
-
-                await sample.load(self.url, self.token)
+                await self._load_sample()
         except BaseException:
             await self.stop()
             raise
@@ -106,6 +104,15 @@ class System:
         self._workloads = Processes(self.plan) if self.kafka else Embedded(self.plan)
         await self._workloads.start()
         await self.ready()
+
+    async def _load_sample(self) -> None:
+        """Once: what becomes of it later, down to what its roles may do, is its owners' and stops no start."""
+        loaded = self.folder / "sample-loaded"
+        if not loaded.exists():
+            from system import sample
+
+            await sample.load(self.url, self.token)
+            loaded.touch(mode=0o600)
 
     async def stop(self) -> None:
         """The gateway, the services, the mailbox, then the servers below them."""

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from system.importing.client import GatewayClient
+from system.importing.client import GatewayClient, Refused, Stopped
 from system.importing.load import load_clinics
 from system.importing.report import Report
 from system.issuer import ISSUER, ROLES, staff_subject
@@ -21,7 +21,7 @@ T = TypeVar("T")
 async def load(url: str, token: Callable[[str], str]) -> bool:
     """Bring the sample in, as far as it isn't there; answers whether anything was to be done. `token` signs in a role.
 
-    Everything has a natural key that is looked up first, so that a load that was killed goes on where it stood.
+    Everything has a natural key that is looked up first, so that a load that was killed goes on where it stood. Raises ServerFailed.
     """
     clients = {
         role: GatewayClient(url, token(role)) for role in ("admin", "integration_client", "coordinator", "scheduler")
@@ -41,6 +41,8 @@ async def load(url: str, token: Callable[[str], str]) -> bool:
         for each in missing:
             await loading.client("admin").post("/v1/questionnaires", each)
         return True
+    except (Refused, Stopped) as error:
+        raise ServerFailed(f"the sample did not go in: {error}") from None
     finally:
         await asyncio.gather(*(client.__aexit__(None, None, None) for client in clients.values()))
 
@@ -173,6 +175,9 @@ async def _each(things: Iterable[T], work: Callable[[T], Awaitable[None]]) -> No
         async with room:
             await work(thing)
 
-    async with asyncio.TaskGroup() as group:
-        for thing in things:
-            group.create_task(one(thing))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for thing in things:
+                group.create_task(one(thing))
+    except ExceptionGroup as several:
+        raise several.exceptions[0] from None

@@ -18,6 +18,7 @@ from system import sample, topology
 from system.cli import make_login
 from system.doctor import examine
 from system.issuer import ROLES
+from system.process import ServerFailed
 from system.run import System
 from system.topology import NODES
 
@@ -73,6 +74,14 @@ async def test_loading_the_sample_again_changes_nothing(system, coordinator):
     before = (await coordinator.get("/v1/appointments", pageSize=200))["appointments"]
     assert await sample.load(system.url, system.token) is False
     assert (await coordinator.get("/v1/appointments", pageSize=200))["appointments"] == before
+
+
+async def test_a_sample_that_is_in_is_left_to_its_owners_and_one_that_cannot_go_in_says_why(system, monkeypatch):
+    stranger = system.token("external_partner")
+    monkeypatch.setattr(system, "token", lambda _: stranger)
+    with pytest.raises(ServerFailed, match="the sample did not go in: .*permission"):
+        await sample.load(system.url, system.token)
+    await system._load_sample()  # as the next start does
 
 
 @pytest.mark.parametrize("role", ROLES)
