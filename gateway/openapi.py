@@ -494,7 +494,9 @@ def _header(kind: str, text: str, example: Any) -> Json:
 
 def _reasons(status: int) -> str:
     """The reasons that the table of reasons gives this status, for the description of it."""
-    reasons = {reason for reason, given in BY_REASON.items() if given == status} | (CONFLICTS if status == 409 else set())
+    reasons = {reason for reason, given in BY_REASON.items() if given == status} | (
+        CONFLICTS if status == 409 else set()
+    )
     listed = ", ".join(f"`{reason}`" for reason in sorted(reasons) if f"`{reason}`" not in _STATUS_TEXT[status])
     return f" Reasons: {listed}." if listed else ""
 
