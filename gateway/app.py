@@ -330,7 +330,7 @@ class Gateway:
         token = scope["path"].removeprefix(links.PREFIX)
         try:
             if method == "POST":
-                if headers.get("content-type", "").partition(";")[0].strip() != links.FORM:
+                if headers.get("content-type", "").partition(";")[0].strip().lower() != links.FORM:
                     raise Invalid("CONTENT_TYPE_UNSUPPORTED", f"The body's content type must be {links.FORM}.")
                 page = await self._links.post(token, headers, await self._body(headers, receive))
             elif method in ("GET", "HEAD"):

@@ -162,6 +162,8 @@ async def test_only_forms_are_taken(world: World, asked: list[Any]) -> None:
     assert (await world.http.post(f"/p/{TOKEN}", json={})).status_code == 415
     assert (await world.http.delete(f"/p/{TOKEN}")).headers["allow"] == "GET, HEAD, POST"
     assert asked == []
+    shouted = {"content-type": "Application/X-WWW-Form-URLencoded; charset=UTF-8"}
+    assert (await world.http.post(f"/p/{TOKEN}", content=b"language=en", headers=shouted)).status_code != 415
 
 
 def test_languages_are_read_by_preference() -> None:
