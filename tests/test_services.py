@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -333,6 +334,7 @@ def _readme(service: str) -> str:
     return (ROOT / "services" / service / "README.md").read_text()
 
 
+@cache
 def _raised(folder: str) -> set[str]:
     found = set()
     for called, call in calls(folder):

@@ -20,7 +20,9 @@ MakeDatabase = Callable[[str], Awaitable[str]]
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(params=["postgres", "kafka"], scope="module")
+@pytest.fixture(
+    params=[pytest.param(one, marks=getattr(pytest.mark, one)) for one in ("postgres", "kafka")], scope="module"
+)
 def where(request: Any) -> tuple[str, Any]:
     """Which bus, and the fixture that tells where it is: only the one that is asked for gets started."""
     return request.param, request.getfixturevalue("database" if request.param == "postgres" else "kafka_server")

@@ -130,7 +130,7 @@ def pods(documents: list[Document]) -> Iterator[tuple[str, Document]]:
             yield f"{document['kind']} {document['metadata']['name']}", document["spec"]["template"]["spec"]
 
 
-@pytest.mark.parametrize("version", ["1.31", "1.33", "1.35"])
+@pytest.mark.parametrize("version", [*(pytest.param(old, marks=pytest.mark.slow) for old in ("1.31", "1.33")), "1.35"])
 @pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
 def test_every_document_is_valid_for_the_cluster(chart: Chart, version: str, values: Document) -> None:
     rendered = chart.documents(values)

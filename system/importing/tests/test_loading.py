@@ -365,6 +365,7 @@ async def _run(*arguments: str, url: str) -> tuple[int | None, str]:
     return process.returncode, output.decode()
 
 
+@pytest.mark.slow
 async def test_killed_in_the_middle_and_run_again_all_is_in_once(gateway: Gateway, tmp_path: Path) -> None:
     folder = tmp_path / "many"
     folder.mkdir()
