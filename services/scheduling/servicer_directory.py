@@ -11,6 +11,7 @@ from care.scheduling.v1.directory_pb2_grpc import (
     SchedulesServiceServicer,
     VisitTypesServiceServicer,
 )
+from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 
@@ -18,7 +19,7 @@ from chassis.call import Call, require_etag
 from chassis.errors import AlreadyExists, FailedPrecondition, Invalid
 from chassis.ids import new_id
 from chassis.reading import Rows
-from chassis.wire import enum_names, given, to_proto
+from chassis.wire import OUTPUT_ONLY, enum_names, given, to_proto
 from services.scheduling.directory import (
     Clinic,
     DirectoryIdentifier,
@@ -43,7 +44,7 @@ class ClinicsServicer(ClinicsServiceServicer):
 
     async def CreateClinic(self, request: pb.CreateClinicRequest, call: Call) -> pb.Clinic:
         clinic = Clinic(id=new_id())
-        values = given(request.clinic)
+        values = _values(call, request.clinic)
         if not values.get("time_zone"):
             raise Invalid("TIME_ZONE_MISSING", "A clinic needs a time zone.", field="clinic.time_zone")
         clinic.change(**values)
@@ -62,7 +63,7 @@ class ClinicsServicer(ClinicsServiceServicer):
 
     async def UpdateClinic(self, request: pb.UpdateClinicRequest, call: Call) -> pb.Clinic:
         clinic = await call.get(Clinic, request.clinic.id, etag=require_etag(request.etag))
-        values = given(request.clinic, request.update_mask)
+        values = _values(call, request.clinic, request.update_mask)
         _refuse_managed(call, clinic, values)
         clinic.change(**values)
         await _claim_identifiers(call, clinic)
@@ -81,7 +82,7 @@ class PractitionersServicer(PractitionersServiceServicer):
 
     async def CreatePractitioner(self, request: pb.CreatePractitionerRequest, call: Call) -> pb.Practitioner:
         practitioner = Practitioner(id=new_id())
-        practitioner.change(**given(request.practitioner))
+        practitioner.change(**_values(call, request.practitioner))
         await _know_clinics(call, practitioner.clinic_ids)
         await call.add(practitioner)
         await _claim_identifiers(call, practitioner)
@@ -100,7 +101,7 @@ class PractitionersServicer(PractitionersServiceServicer):
 
     async def UpdatePractitioner(self, request: pb.UpdatePractitionerRequest, call: Call) -> pb.Practitioner:
         practitioner = await call.get(Practitioner, request.practitioner.id, etag=require_etag(request.etag))
-        values = given(request.practitioner, request.update_mask)
+        values = _values(call, request.practitioner, request.update_mask)
         _refuse_managed(call, practitioner, values)
         known = set(practitioner.clinic_ids)
         practitioner.change(**values)
@@ -206,6 +207,12 @@ class SchedulesServicer(SchedulesServiceServicer):
         schedule.change(**values)
         await call.db.flush()
         return to_proto(schedule, pb.Schedule)
+
+
+def _values(call: Call, entry: pb.Clinic | pb.Practitioner, mask: FieldMask | None = None) -> dict[str, Any]:
+    """What a request sets. Only who imports names the owning system: anybody else's word would lock the entry."""
+    own = frozenset() if call.allows("directory.import") else frozenset({"source_system"})
+    return given(entry, mask, read_only=OUTPUT_ONLY | own)
 
 
 async def _by_first_identifier(call: Call, model: type[R], values: dict[str, Any]) -> tuple[R, bool]:

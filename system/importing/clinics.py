@@ -476,6 +476,8 @@ def _read_csv(path: Path, text: str) -> ClinicsFile:
             lines.append(reader.line_num)
     except csv.Error as error:
         raise ClinicsFileBroken(path.name, [Problem(reader.line_num, "-", f"mend the quoting: {error}")]) from None
+    if not rows:
+        raise ClinicsFileBroken(path.name, [Problem(1, "-", "holds no clinic; write a header and a line for each")])
     reading = _Reading(
         lambda where: lines[where[0]] if where else 1, lambda where: str(where[-1]) if len(where) > 1 else "-"
     )

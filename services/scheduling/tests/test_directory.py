@@ -230,6 +230,22 @@ async def test_what_another_system_owns_changes_here_only_where_it_knows_nothing
     assert (await update("max", time_zone="America/Chicago")).time_zone == "America/Chicago"
 
 
+async def test_only_who_imports_says_that_another_system_owns_an_entry(directory):
+    clinic = await directory.clinic(name="Ours", source_system="urn:ehr", subject="max")
+    assert clinic.source_system == ""
+    clinic.source_system, clinic.name = "urn:ehr", "Still ours"
+    request = pb.UpdateClinicRequest(clinic=clinic, etag=clinic.etag)
+    changed = await directory(ClinicsServiceStub, "UpdateClinic", request, "max")
+    assert (changed.source_system, changed.name) == ("", "Still ours")
+    practitioner = pb.Practitioner(name={"family_name": "Ours"}, source_system="urn:ehr")
+    request = pb.CreatePractitionerRequest(practitioner=practitioner)
+    practitioner = await directory(PractitionersServiceStub, "CreatePractitioner", request, "max")
+    practitioner.source_system = "urn:ehr"
+    request = pb.UpdatePractitionerRequest(practitioner=practitioner, etag=practitioner.etag)
+    changed = await directory(PractitionersServiceStub, "UpdatePractitioner", request, "max")
+    assert (practitioner.etag, changed.source_system) == (changed.etag, "")
+
+
 async def test_a_practitioners_imported_roles_are_added_and_never_removed(directory):
     one, two = await directory.clinic(), await directory.clinic()
     npi = [{"system": "http://hl7.org/fhir/sid/us-npi", "value": "9999900099"}]

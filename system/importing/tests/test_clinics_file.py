@@ -68,6 +68,12 @@ def test_a_span_of_days_may_pass_the_weekend(tmp_path: Path) -> None:
     assert [block["weekday"] for block in file.clinics[0].hours] == [1, 6, 7]
 
 
+@pytest.mark.parametrize("empty", ["", "\n", "identifier,name\n"])
+def test_a_csv_without_a_clinic_is_told(tmp_path: Path, empty: str) -> None:
+    with pytest.raises(ClinicsFileBroken, match="holds no clinic"):
+        _read(tmp_path, "c.csv", empty)
+
+
 def test_everything_that_is_wrong_in_a_csv_is_told_at_once_with_line_and_column(tmp_path: Path) -> None:
     text = (
         "identifier,time_zone,hours,colour\n"
