@@ -121,9 +121,9 @@ async def _change_staff(call: Call, staff: Staff, values: dict) -> None:
             raise Invalid("ROLE_UNKNOWN", "A role doesn't exist; GET /v1/roles lists them.", field="staff.roles")
     if values.get("active") is None:
         values.pop("active", None)
-    staff.change(**values)
+    login = staff.change(**values)
     await call.db.flush()
-    if staff.subject:
+    if login:
         await _keep_principal(call, staff)
 
 

@@ -36,20 +36,27 @@ class Staff(Aggregate, Base):
     clearances: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
     active: Mapped[bool] = mapped_column(default=True)
 
-    def change(self, **values: Any) -> None:
-        """Set fields and tell the whole state, since every service decides by it."""
+    def change(self, **values: Any) -> bool:
+        """Set fields and tell the whole state, since every service decides by it; answers whether there is or was a login."""
+        had_login = bool(self.subject)
         if "practitioner_id" in values:
             values["practitioner_id"] = values["practitioner_id"] or None
         for name, value in values.items():
             setattr(self, name, value)
         self.family_name = (self.name or {}).get("family_name", "")
-        if self.subject:
+        login = had_login or bool(self.subject)
+        if login:
             self.tell("changed", **self.principal)
+        return login
 
     @property
     def principal(self) -> dict[str, Any]:
         """As `care.access.v1.PrincipalState`."""
-        return {"kind": "STAFF", "principal_id": self.id, "group_ids": self.clinic_ids}
+        state = {"kind": "STAFF", "principal_id": self.id, "group_ids": self.clinic_ids}
+        if not self.subject:
+            # The login was taken away. Its place is kept by one that no issuer signs in, so that the old one stops working.
+            state |= {"issuer": "", "subject": self.id, "active": False}
+        return state
 
 
 class Login(Aggregate, Base):

@@ -210,6 +210,29 @@ async def test_a_staff_member_whose_login_is_switched_off_is_a_stranger(harness,
     assert off.value.reason == "LOGIN_INACTIVE"
 
 
+async def test_a_login_that_is_taken_away_signs_nobody_in(harness, clinics):
+    async def staff(method, request):
+        return await harness.call("patients", StaffServiceStub, method, request, "root")
+
+    async def answer(subject):
+        with pytest.raises(Problem) as refused:
+            await patients(harness, "GetPatient", pb.GetPatientRequest(id=new_id()), subject)
+        return refused.value.reason
+
+    login = {"issuer": "https://issuer.test", "name": {"family_name": "N"}}
+    first, second = [
+        await staff("CreateStaff", staff_pb2.CreateStaffRequest(staff={**login, "subject": subject}))
+        for subject in ("gone-1", "gone-2")
+    ]
+    for one, subject in ((first, "gone-1"), (second, "gone-2")):
+        assert await answer(subject) == "PERMISSION_MISSING"
+        request = staff_pb2.UpdateStaffRequest(staff={"id": one.id}, update_mask={"paths": ["subject"]}, etag=one.etag)
+        one = await staff("UpdateStaff", request)
+        assert await answer(subject) == "LOGIN_UNKNOWN"
+    await staff("UpdateStaff", staff_pb2.UpdateStaffRequest(staff={"id": one.id, "subject": "back"}, etag=one.etag))
+    assert await answer("back") == "PERMISSION_MISSING"
+
+
 async def test_events_say_whether_the_patient_has_died_as_of_their_version(harness, clinics):
     here, _ = clinics
     pool = staff_pb2.CreatePoolRequest(pool=staff_pb2.Pool(name="coordination", purpose="coordination"))
