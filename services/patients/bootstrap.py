@@ -74,11 +74,13 @@ async def bootstrap(
 
 async def _pools(db: AsyncSession, tenant_id: str) -> None:
     """One pool per purpose, for all clinics and without members yet: work that falls due must find an owner."""
-    known = set((await db.execute(select(Pool.purpose).where(Pool.tenant_id == tenant_id))).scalars())
+    rows = (await db.execute(select(Pool.purpose, Pool.name).where(Pool.tenant_id == tenant_id))).all()
+    purposes, names = {row.purpose for row in rows}, {row.name for row in rows}
     for purpose, name in _POOLS.items():
-        if purpose not in known:
-            pool = Pool(tenant_id=tenant_id, id=new_id(), name=name, staff_ids=[], clinic_ids=[], specialty_codes=[])
-            pool.change(purpose=purpose, active=True)
+        if purpose not in purposes:
+            pool = Pool(tenant_id=tenant_id, id=new_id(), staff_ids=[], clinic_ids=[], specialty_codes=[])
+            # The shipped one may have been given another purpose since: its name is taken then.
+            pool.change(name=name if name not in names else f"{name} {pool.id}", purpose=purpose, active=True)
             db.add(pool)
 
 

@@ -13,6 +13,7 @@ from sqlalchemy import text
 from chassis.errors import Problem
 from chassis.ids import new_id
 from chassis.testing.harness import Harness
+from services.patients.bootstrap import bootstrap
 from services.patients.service import SERVICE
 
 WORK = ["patients.read", "patients.write", "patients.match", "patients.break_glass", "accesses.read", "pools.write"]
@@ -361,3 +362,18 @@ async def test_a_pool_keeps_its_name_and_stays_in_use_where_nothing_is_said(harn
     with pytest.raises(Problem) as nameless:
         await pools("UpdatePool", request)
     assert nameless.value.reason == "NAME_MISSING"
+
+
+async def test_a_tenant_whose_pools_were_given_other_work_is_completed_and_not_refused(harness):
+    server, tenant = harness.servers["patients"], new_id()
+    for _ in range(3):
+        await bootstrap(server.settings.database_url, tenant_id=tenant, issuer="https://issuer.test")
+        async with server.database.engine.begin() as connection:
+            pools = await connection.execute(
+                text("SELECT purpose FROM pool WHERE tenant_id = :tenant ORDER BY purpose"), {"tenant": tenant}
+            )
+            assert {"coordination", "privacy", "referrals", "urgent"} <= set(pools.scalars())
+            await connection.execute(
+                text("UPDATE pool SET purpose = '' WHERE tenant_id = :tenant AND purpose = 'urgent'"),
+                {"tenant": tenant},
+            )
