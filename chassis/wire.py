@@ -16,6 +16,9 @@ from chassis.errors import Invalid
 M = TypeVar("M", bound=Message)
 _TIMESTAMP = "google.protobuf.Timestamp"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# The years 1000 to 2999. A day before or after the ends of the calendar can't be counted, and there a database's driver
+# makes "infinity" of an instant: one such row and no list that has it could be read any more.
+FIRST_SECOND, LAST_SECOND = -30610224000, 32503679999
 _SETTER = Callable[[Message, Any], None]
 # What a resource answers but nobody sets: sent back by clients that read, change and write the whole.
 OUTPUT_ONLY = frozenset({"id", "etag", "create_time", "update_time"})
@@ -150,11 +153,10 @@ def _scalar(field: FieldDescriptor) -> Callable[[Any], Any]:
 
 
 def to_time(stamp: Timestamp) -> datetime:
-    """An aware datetime in UTC. Raises Invalid `TIME_INVALID` for one beyond the years 1 to 9999."""
-    try:
-        return stamp.ToDatetime(tzinfo=UTC)
-    except (ValueError, OverflowError):
-        raise Invalid("TIME_INVALID", "A time is out of range.") from None
+    """An aware datetime in UTC. Raises Invalid `TIME_INVALID` for one beyond the years 1000 to 2999."""
+    if not FIRST_SECOND <= stamp.seconds <= LAST_SECOND:
+        raise Invalid("TIME_INVALID", "A time is beyond the years 1000 to 2999.")
+    return stamp.ToDatetime(tzinfo=UTC)
 
 
 def given_time(message: Message, field: str) -> datetime | None:

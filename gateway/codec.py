@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from chassis.errors import Invalid
+from chassis.wire import FIRST_SECOND, LAST_SECOND
 
 M = TypeVar("M", bound=Message)
 Convert = Callable[[Any], Any]
@@ -40,10 +41,6 @@ _MASK_PATH = re.compile(r"[a-z][A-Za-z0-9]*(\.[a-z][A-Za-z0-9]*)*")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]*={0,2}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,59}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-# The years 1000 to 2999. A day before or after the ends of the calendar can't be counted, and there a database's driver
-# makes "infinity" of an instant: one such row and no list that has it could be read any more.
-_MIN_SECONDS: Final = -30610224000
-_MAX_SECONDS: Final = 32503679999
 _MAX_DURATION: Final = 315576000000
 _DECIMALS: Final = ((1_000_000, 3), (1_000, 6), (1, 9))
 
@@ -296,7 +293,7 @@ def _decode_timestamp(value: Any) -> tuple[int, int]:
         if hours > 23 or minutes > 59:
             raise Mismatch(_INSTANT)
         seconds -= (hours * 3600 + minutes * 60) * (-1 if offset[0] == "-" else 1)
-    if not _MIN_SECONDS <= seconds <= _MAX_SECONDS:
+    if not FIRST_SECOND <= seconds <= LAST_SECOND:
         raise Mismatch(_INSTANT)
     return seconds, int(fraction.ljust(9, "0")) if fraction else 0
 

@@ -134,3 +134,10 @@ def test_what_a_row_lacks_stays_unset() -> None:
     built = to_proto(SimpleNamespace(id="1", names=None), patients_pb2.Patient)
     assert not built.names
     assert not built.HasField("create_time")
+
+
+@pytest.mark.parametrize("seconds", [-62135596800, -30610224001, 32503680000, 253402300799, 253402300800])
+def test_instants_at_the_ends_of_the_calendar_are_refused(seconds: int) -> None:
+    with pytest.raises(Invalid) as refused:
+        to_time(Timestamp(seconds=seconds))
+    assert refused.value.reason == "TIME_INVALID"
