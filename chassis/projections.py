@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from care.events.v1.envelope_pb2 import Event
 from sqlalchemy import Table, TextClause, bindparam, text
+
+if TYPE_CHECKING:
+    from care.events.v1.envelope_pb2 import Event
 
 
 class _Executes(Protocol):
@@ -29,7 +31,7 @@ async def keep_newer(
     return kept.first() is not None
 
 
-async def keep_state(db: _Executes, table: Table | type, event: Event, **values: Any) -> bool:
+async def keep_state(db: _Executes, table: Table | type, event: "Event", **values: Any) -> bool:
     """`keep_newer` of what an event tells of its aggregate."""
     state = {"tenant_id": event.tenant_id, "id": event.aggregate_id, "version": event.version, **values}
     return await keep_newer(db, table, state)
