@@ -186,9 +186,9 @@ async def validate(exchange: Exchange, proceed: Proceed) -> Message:
     if violations:
         first = violations[0].proto
         path = _path(first.field)
-        raise Invalid(
-            "FIELD_INVALID", f"{path or 'the request'} breaks the rule {first.rule_id}.", field=path, rule=first.rule_id
-        )
+        # In the rule's own words, which hold its limits and never the value.
+        wrong = first.message.removeprefix("value ").rstrip(".") or f"breaks the rule {first.rule_id}"
+        raise Invalid("FIELD_INVALID", f"{path or 'The request'} {wrong}.", field=path, rule=first.rule_id)
     return await proceed(exchange)
 
 
@@ -293,7 +293,7 @@ def _source(number: int) -> str:
     known = type_pb2.Source.Code.DESCRIPTOR.values_by_number.get(number)
     if known is None:
         raise Invalid(
-            "FIELD_INVALID", "source breaks the rule enum.defined_only.", field="source", rule="enum.defined_only"
+            "FIELD_INVALID", "source must be one of the defined values.", field="source", rule="enum.defined_only"
         )
     return str(known.name)
 

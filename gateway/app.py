@@ -290,7 +290,9 @@ class Gateway:
         status = http_status(problem, if_match="if-match" in headers)
         if "field" in problem.metadata:
             # Services name fields as the protos do, HTTP as JSON does.
-            problem.metadata["field"] = ".".join(camel(step) for step in problem.metadata["field"].split("."))
+            named = problem.metadata["field"]
+            problem.metadata["field"] = ".".join(camel(step) for step in named.split("."))
+            problem.message = problem.message.replace(named, problem.metadata["field"])
         sent = [_JSON, *error_headers(problem, status, token_sent="authorization" in headers)]
         if isinstance(problem, MethodNotAllowed):
             sent.append((b"allow", ", ".join(problem.allowed).encode()))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -95,6 +96,7 @@ async def test_a_wrong_field_is_named_with_its_rule_and_without_its_value(small:
     calling = raw(small, "CreatePool", WRONG, small.harness.as_user("ada"))
     problem = await refused(Invalid, "FIELD_INVALID", calling)
     assert problem.metadata == {"field": "pool.name", "rule": "string.max_len"}
+    assert re.fullmatch(r"pool\.name must be at most \d+ characters\.", problem.message)
     problem = await refused(
         Invalid, "FIELD_INVALID", small.rpc("CreatePool", pool={"name": "x", "staff_ids": [PLANTED]})
     )

@@ -91,7 +91,7 @@ async def test_the_services_never_see_a_request_without_a_good_token(world: Worl
 
 PROBLEMS: list[tuple[Problem, dict[str, str], int]] = [
     (NotFound(), {}, 404),
-    (Invalid("FIELD_INVALID", "x", field="patient.birth_date"), {}, 400),
+    (Invalid("FIELD_INVALID", "patient.birth_date is required.", field="patient.birth_date"), {}, 400),
     (Aborted("ETAG_MISMATCH", "x"), {"if-match": '"1"'}, 412),
     (Aborted("ETAG_MISMATCH", "x"), {}, 409),
     (Aborted("IN_PROGRESS", "x"), {}, 409),
@@ -119,6 +119,7 @@ async def test_problems_of_services_become_http_by_one_table(start: Start) -> No
         assert ("retry-after" in answer.headers) == (status in (429, 503) or problem.reason == "IN_PROGRESS")
         if problem.reason == "FIELD_INVALID":
             assert answer.json()["error"]["details"][0]["metadata"] == {"field": "patient.birthDate"}
+            assert answer.json()["error"]["message"] == "patient.birthDate is required."
 
 
 async def test_unknown_paths_and_wrong_methods_answer_in_the_same_form(world: World) -> None:
