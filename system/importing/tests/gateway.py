@@ -146,8 +146,8 @@ class Gateway:
         try:
             yield self
         finally:
-            server.should_exit = True
-            await loop
+            loop.cancel()
+            await asyncio.gather(loop, return_exceptions=True)
             await server.shutdown()
 
     async def _endpoint(self, request: Request) -> Response:
