@@ -28,6 +28,7 @@ from system.importing.tests.people import CLINIC, ENCOUNTER, PATIENT, bundle, re
 from system.importing.tests.test_clinics_file import EXAMPLE
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.integration
 
 
 @pytest_asyncio.fixture
@@ -365,7 +366,6 @@ async def _run(*arguments: str, url: str) -> tuple[int | None, str]:
     return process.returncode, output.decode()
 
 
-@pytest.mark.slow
 async def test_killed_in_the_middle_and_run_again_all_is_in_once(gateway: Gateway, tmp_path: Path) -> None:
     folder = tmp_path / "many"
     folder.mkdir()
