@@ -180,3 +180,15 @@ def _directory(service: str):
 
 def _rules(field: FieldDescriptor) -> validate_pb2.FieldRules:
     return field.GetOptions().Extensions[validate_pb2.field]
+
+
+def test_no_label_is_empty() -> None:
+    """A label that nobody can be cleared for would hide a record from all."""
+    checked = 0
+    for message in messages():
+        for field in message.fields:
+            rules = field.GetOptions().Extensions[validate_pb2.field]
+            if field.name == "security_labels" and rules.HasField("repeated"):
+                assert rules.repeated.items.string.min_len == 1, field.full_name
+                checked += 1
+    assert checked >= 4
