@@ -161,7 +161,7 @@ class Call:
         Raises NotFound where it is absent or out of sight (one answer for both), Aborted `ETAG_MISMATCH` where `etag`
         is given and another.
         """
-        if not row_id:  # to the short way no filter at all
+        if not row_id:  # no id at all: the driver would refuse it
             raise NotFound(what)
         unsure = model.subject_field is not None and self._unsure() and not self.confirmed
         # Not sure enough to say no: whom the id is about is confirmed first, alike for one that doesn't exist.

@@ -252,7 +252,8 @@ class _Children(NamedTuple):
 class Rows(Generic[M]):
     """Rows of a model under a request's filters, kept as data: which query it is is known without building one.
 
-    A filter whose value is absent (None, "", no values) filters nothing, like the field of a request that isn't set.
+    A filter whose value is absent (None, "", no values) filters nothing, like the field of a request that isn't set; only
+    `equal` always does, for what a request must name.
     """
 
     __slots__ = ("model", "terms", "values")
@@ -263,7 +264,11 @@ class Rows(Generic[M]):
         self.values: list[Any] = []
 
     def equal(self, column: Column, value: Any) -> Self:
-        """The column is the value."""
+        """The column is the value, whatever that is."""
+        return self._add(operator.eq, column, value)
+
+    def given(self, column: Column, value: Any) -> Self:
+        """The column is the value, where there is one."""
         return self._add(operator.eq, column, value) if value not in (None, "") else self
 
     def since(self, column: Column, value: Any) -> Self:

@@ -139,10 +139,24 @@ async def test_a_condition_with_a_value_in_it_is_not_compiled_in(small: Small) -
 
 def test_an_absent_filter_filters_nothing(small: Small) -> None:
     Task: Any = small.models.Task
-    wanted = Rows(Task).equal(Task.code, "").since(Task.due_time, None).before(Task.due_time, None)
+    wanted = (
+        Rows(Task).given(Task.code, "").given(Task.code, None).since(Task.due_time, None).before(Task.due_time, None)
+    )
     wanted.among(Task.id, []).outside(Task.id, []).overlap(Task.security_labels, [])
     assert not wanted.terms
     assert not wanted.values
+    # What a request must name is no option: without it no row, never all.
+    assert Rows(Task).equal(Task.code, "").values == [""]
+
+
+async def test_what_must_be_named_finds_nothing_without_a_name(small: Small) -> None:
+    Task: Any = small.models.Task
+    await small.task(await small.patient())
+    async with small.server.database.hot_reading() as reading:
+        found = await small.server.database.statements.fetch(
+            reading, Rows(Task).equal(Task.code, ""), lambda: select(Task), {}
+        )
+    assert found == []
 
 
 @pytest.mark.parametrize("method", ["GetPool", "UpdatePool"])

@@ -36,7 +36,7 @@ class QuestionnairesServicer(QuestionnairesServiceServicer):
     async def ListQuestionnaires(
         self, request: pb.ListQuestionnairesRequest, call: Call
     ) -> pb.ListQuestionnairesResponse:
-        wanted = Rows(Questionnaire).equal(Questionnaire.name, request.name)
+        wanted = Rows(Questionnaire).given(Questionnaire.name, request.name)
         rows, following = await call.page(wanted, request, Questionnaire.name, Questionnaire.number, Questionnaire.id)
         return pb.ListQuestionnairesResponse(
             questionnaires=[to_proto(row, pb.Questionnaire) for row in rows], next_page_token=following

@@ -15,8 +15,8 @@ class RemindersServicer(RemindersServiceServicer):
     async def ListReminders(self, request: pb.ListRemindersRequest, call: Call) -> pb.ListRemindersResponse:
         wanted = (
             Rows(Reminder)
-            .equal(Reminder.appointment_id, request.appointment_id)
-            .equal(Reminder.patient_id, request.patient_id)
+            .given(Reminder.appointment_id, request.appointment_id)
+            .given(Reminder.patient_id, request.patient_id)
             .among(Reminder.status, enum_names(pb.Reminder.Status, request.statuses))
         )
         rows, following = await call.page(wanted, request, Reminder.due_time, Reminder.id)

@@ -54,7 +54,7 @@ class TasksServicer(TasksServiceServicer):
             await call.subject(request.patient_id)
         wanted = (
             Rows(Task)
-            .equal(Task.patient_id, request.patient_id)
+            .given(Task.patient_id, request.patient_id)
             .among(Task.status, enum_names(pb.Task.Status, request.statuses))
             .among(Task.owner_id, request.owner_ids)
             .among(Task.clinic_id, request.clinic_ids)

@@ -66,8 +66,8 @@ class ContactsServicer(ContactsServiceServicer):
         wanted = (
             Rows(Contact)
             .equal(Contact.patient_id, request.patient_id)
-            .equal(Contact.task_id, request.task_id)
-            .equal(Contact.referral_id, request.referral_id)
+            .given(Contact.task_id, request.task_id)
+            .given(Contact.referral_id, request.referral_id)
         )
         rows, following = await call.page(wanted, request, Contact.contact_time, Contact.id, descending=True)
         return pb.ListContactsResponse(contacts=[to_proto(row, pb.Contact) for row in rows], next_page_token=following)

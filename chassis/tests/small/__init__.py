@@ -365,7 +365,7 @@ def _servicers(model: SimpleNamespace, hooks: dict[str, Hook]) -> SimpleNamespac
             return to_proto(task, tasks_pb2.Task)
 
         async def ListTasks(self, request: Any, call: Call) -> Any:
-            wanted = Rows(model.Task).equal(model.Task.patient_id, request.patient_id)
+            wanted = Rows(model.Task).given(model.Task.patient_id, request.patient_id)
             rows, following = await call.page(wanted, request, model.Task.due_time, model.Task.id)
             await end(request, call)
             return tasks_pb2.ListTasksResponse(
