@@ -5,7 +5,7 @@ import contextlib
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -65,22 +65,21 @@ class Caller:
         return [self.id, *self.group_ids]
 
 
-_PRINCIPAL_SQL = """
+_PRINCIPAL_TEXT = text("""
 SELECT p.kind, p.principal_id, p.roles, p.group_ids, p.clearances, p.active,
        coalesce((SELECT array_agg(DISTINCT one) FROM role_permissions r, unnest(r.permissions) AS one
                   WHERE r.tenant_id = p.tenant_id AND r.name = ANY(p.roles)), '{}') AS permissions
   FROM principal p
  WHERE p.tenant_id = :tenant AND p.issuer = :issuer AND p.subject = :subject
-"""
-_PRINCIPAL = text(_PRINCIPAL_SQL).bindparams(bindparam("tenant", type_=Uuid(as_uuid=False))).columns(
+""").bindparams(
+    bindparam("tenant", type_=Uuid(as_uuid=False)), bindparam("issuer", type_=Text), bindparam("subject", type_=Text)
+)  # fmt: skip
+_PRINCIPAL = _PRINCIPAL_TEXT.columns(
     kind=Text, principal_id=Uuid(as_uuid=False), roles=ARRAY(Text), group_ids=ARRAY(Uuid(as_uuid=False)),
     clearances=ARRAY(Text), active=Boolean, permissions=ARRAY(Text),
 )  # fmt: skip
-_PRINCIPAL_SHORT = (
-    _PRINCIPAL_SQL.replace(":tenant", "$1::uuid").replace(":issuer", "$2::text").replace(":subject", "$3::text")
-)
-Fetch = Callable[[str, Sequence[Any]], Awaitable[list[Sequence[Any]]]]
-"""`chassis.reading.Loader.fetch`."""
+Fetch = Callable[[TextClause, Mapping[str, Any]], Awaitable[list[Sequence[Any]]]]
+"""`chassis.database.Database.fetch`."""
 
 
 def _principal(row: Sequence[Any]) -> dict[str, Any]:
@@ -260,12 +259,13 @@ class Access:
         return caller
 
     async def _stored_principal(self, key: tuple[str, str, str]) -> dict[str, Any] | None:
+        wanted = dict(zip(("tenant", "issuer", "subject"), key, strict=True))
         if self._fetch is not None:
             with contextlib.suppress(Unfit):
-                found = await self._fetch(_PRINCIPAL_SHORT, key)
+                found = await self._fetch(_PRINCIPAL_TEXT, wanted)
                 return _principal(found[0]) if found else None
         async with self._engine.connect() as connection:
-            stored = await connection.execute(_PRINCIPAL, {"tenant": key[0], "issuer": key[1], "subject": key[2]})
+            stored = await connection.execute(_PRINCIPAL, wanted)
             row = stored.mappings().first()
         return dict(row) if row is not None else None
 

@@ -11,7 +11,7 @@ import orjson
 from care.events.v1.envelope_pb2 import Event
 from google.protobuf.message import Message
 from prometheus_client import Counter
-from sqlalchemy import ARRAY, LargeBinary, Text, Uuid, bindparam, event, text
+from sqlalchemy import ARRAY, LargeBinary, Text, TextClause, Uuid, bindparam, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session as SyncSession
@@ -144,9 +144,9 @@ class Database:
         finally:
             await reading.close()
 
-    async def fetch(self, sql: str, arguments: Sequence[Any]) -> list[Sequence[Any]]:
-        """Rows of a statement on the short way. Raises Unfit."""
-        return await self._loader.fetch(sql, arguments)
+    async def fetch(self, statement: TextClause, named: Mapping[str, Any]) -> list[Sequence[Any]]:
+        """Rows of a textual statement on the short way. Raises Unfit."""
+        return await self.statements.records(self._loader, statement, named)
 
     def _placed_session(self) -> AsyncSession:
         session = self._placed()

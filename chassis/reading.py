@@ -377,7 +377,7 @@ class Statements:
                 await _add_children(reading, children, answer)
         return answer
 
-    async def records(self, reading: Reading, statement: TextClause, named: Mapping[str, Any]) -> list[Values]:
+    async def records(self, reading: Reading | Loader, statement: TextClause, named: Mapping[str, Any]) -> list[Values]:
         """Rows of a textual statement. Raises Unfit."""
         known = self._texts.get(statement)
         if known is None:

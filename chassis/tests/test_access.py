@@ -575,3 +575,20 @@ async def test_a_new_row_needs_sight_of_its_patient(desk: Small) -> None:
     desk.owner.away = True
     with pytest.raises(Unavailable):
         await desk.consent(new_id())
+
+
+async def test_a_login_is_looked_up_on_the_short_way(desk: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = desk.server.access
+    watched.forget_callers()
+    found: list[int] = []
+    fetch = watched._fetch
+    assert fetch is not None
+
+    async def counted(statement: Any, named: Any) -> Any:
+        rows = await fetch(statement, named)
+        found.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(watched, "_fetch", counted)
+    await desk.rpc("ListPools", "ada")
+    assert found == [1]
