@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, Text, bindparam, select, text
+from sqlalchemy import BigInteger, DateTime, Text, bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
@@ -71,19 +71,49 @@ class Appointment(Projected, Base):
     security_labels: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
 
 
-# Text, because SQLAlchemy compiles ON CONFLICT anew for each event.
-_NEW_VISIT = text(
-    "INSERT INTO appointment (tenant_id, id, patient_id, version, status, time_zone, schedule_version, planned_version,"
-    f" security_labels) VALUES (:tenant_id, :id, :patient_id, 0, '', '', 0, {NEVER_PLANNED}, '{{}}') ON CONFLICT DO NOTHING"
+# Text, because SQLAlchemy compiles ON CONFLICT anew for each event. Where the row is there already it is locked, nothing else.
+_LOCK_VISIT = text(
+    "INSERT INTO appointment AS mine (tenant_id, id, patient_id, version, status, time_zone, schedule_version,"
+    f" planned_version, security_labels) VALUES (:tenant_id, :id, :patient_id, 0, '', '', 0, {NEVER_PLANNED}, '{{}}')"
+    " ON CONFLICT (tenant_id, id) DO UPDATE SET version = mine.version RETURNING version, status, planned_version"
 ).bindparams(*(bindparam(name, type_=Id) for name in ("tenant_id", "id", "patient_id")))
+_HEARD = (
+    "version",
+    "status",
+    "clinic_id",
+    "visit_type_id",
+    "start_time",
+    "time_zone",
+    "schedule_version",
+    "planned_version",
+    "security_labels",
+)
+_KEEP_VISIT = text(
+    f"UPDATE appointment SET {', '.join(f'{name} = :{name}' for name in _HEARD)} WHERE tenant_id = :tenant_id AND id = :id"
+).bindparams(
+    *(bindparam(name, type_=Appointment.__table__.c[name].type) for name in ("tenant_id", "id", *_HEARD)),
+)
+_IS_DECEASED = text("SELECT deceased FROM patient WHERE tenant_id = :tenant_id AND id = :id").bindparams(
+    *(bindparam(name, type_=Id) for name in ("tenant_id", "id"))
+)
 
 
 async def visit_row(db: AsyncSession, tenant_id: str, appointment_id: str, patient_id: str) -> Appointment:
-    """The row of a visit, locked; of version 0 where nothing was heard of it yet."""
-    await db.execute(_NEW_VISIT, {"tenant_id": tenant_id, "id": appointment_id, "patient_id": patient_id})
-    found = await db.execute(
-        select(Appointment)
-        .where(Appointment.tenant_id == tenant_id, Appointment.id == appointment_id)
-        .with_for_update(key_share=True)
-    )
-    return found.scalar_one()
+    """How far a visit is known, its row locked; of version 0 where nothing was heard of it yet.
+
+    Beside the session: `keep_visit` writes it back.
+    """
+    values = {"tenant_id": tenant_id, "id": appointment_id, "patient_id": patient_id}
+    known = (await db.execute(_LOCK_VISIT, values)).one()
+    return Appointment(**values, version=known.version, status=known.status, planned_version=known.planned_version)
+
+
+async def keep_visit(db: AsyncSession, row: Appointment) -> None:
+    """Write down what was heard of a visit."""
+    names = ("tenant_id", "id", *_HEARD)
+    await db.execute(_KEEP_VISIT, {name: getattr(row, name) for name in names})
+
+
+async def is_deceased(db: AsyncSession, tenant_id: str, patient_id: str) -> bool:
+    """Whether somebody has died, as last heard of."""
+    return bool((await db.execute(_IS_DECEASED, {"tenant_id": tenant_id, "id": patient_id})).scalar())

@@ -32,7 +32,16 @@ from services.notifications.message import (
     ReminderStatus,
 )
 from services.notifications.planning import DEFAULT_POLICY, Offset, plan
-from services.notifications.projections import NEVER_PLANNED, Appointment, Clinic, Patient, VisitType, visit_row
+from services.notifications.projections import (
+    NEVER_PLANNED,
+    Appointment,
+    Clinic,
+    Patient,
+    VisitType,
+    is_deceased,
+    keep_visit,
+    visit_row,
+)
 
 SHIPPED: dict[str, Any] = {
     "offsets": [{"name": each.name, "kind": each.kind, "amount": each.amount} for each in DEFAULT_POLICY],
@@ -112,6 +121,7 @@ async def follow_visit(visit: AppointmentEvent, event: Event, db: AsyncSession) 
         await _plan(db, row, event)
     elif before and before != "BOOKED":
         await _restore(db, row)
+    await keep_visit(db, row)
     wake_after_commit(db, SEND_LOOP)
 
 
@@ -192,7 +202,7 @@ async def _plan(db: AsyncSession, row: Appointment, event: Event) -> None:
     offsets = [Offset(**each) for each in policy.settings["offsets"]]
     assert row.start_time is not None
     booked, now = to_time(event.time), db.info["act"].now
-    patient = await db.get(Patient, (row.tenant_id, row.patient_id))
+    dead = await is_deceased(db, row.tenant_id, row.patient_id)
     for planned in plan(offsets, booked, row.start_time, now, row.time_zone or "UTC"):
         at_booking = planned.offset_name in {each.name for each in offsets if each.kind == "at_booking"}
         kind = REMINDER if not at_booking else "appointment-moved" if moved else "appointment-booked"
@@ -217,7 +227,7 @@ async def _plan(db: AsyncSession, row: Appointment, event: Event) -> None:
             security_labels=row.security_labels,
         )
         reminder.move("plan")
-        if patient is not None and patient.deceased:
+        if dead:
             reminder.revoke(_DECEASED)
         db.add(reminder)
     row.planned_version = row.schedule_version

@@ -166,6 +166,17 @@ _RELATE = text(
 )
 
 
+_IS_RELATED = text(
+    "SELECT 1 FROM relation WHERE tenant_id = :tenant AND patient_id = :patient AND kind = 'clinic'"
+    " AND grantee_id = :clinic AND reason = :reason"
+).bindparams(
+    bindparam("tenant", type_=Id),
+    bindparam("patient", type_=Id),
+    bindparam("clinic", type_=Id),
+    bindparam("reason", type_=Text),
+)
+
+
 class Grant(Owned, Base):
     """Access of one staff member for a limited time, with a reason: broken glass, or a review that follows from it."""
 
@@ -199,6 +210,12 @@ def known_zone(name: str) -> str:
     if name not in available_timezones():
         raise Invalid("TIME_ZONE_UNKNOWN", "time_zone is no IANA zone, such as America/New_York.", field="time_zone")
     return name
+
+
+async def is_related(db: AsyncSession, tenant_id: str, patient_id: str, clinic_id: str, reason: str) -> bool:
+    """Whether `relate` would add nothing."""
+    values = {"tenant": tenant_id, "patient": patient_id, "clinic": clinic_id, "reason": reason}
+    return (await db.execute(_IS_RELATED, values)).first() is not None
 
 
 async def relate(db: AsyncSession, patient: Patient, clinic_ids: list[str], reason: str) -> bool:

@@ -11,13 +11,14 @@ from care.referrals.v1 import events_pb2 as referrals
 from care.scheduling.v1 import directory_pb2
 from care.scheduling.v1 import events_pb2 as scheduling
 from google.protobuf.message import Message
-from sqlalchemy import select
+from sqlalchemy import Text, bindparam, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from chassis.model import Id
 from chassis.reactions import Reactions
 from services.patients import timeline
 from services.patients.due_times import due, keep_clinic
-from services.patients.patient import Patient, relate, tell_access
+from services.patients.patient import Patient, is_related, relate, tell_access
 from services.patients.task import OPEN, Task, open_task
 
 reactions = Reactions()
@@ -262,8 +263,11 @@ async def _patient(db: AsyncSession, event: Event) -> Patient | None:
 
 
 async def _relate(db: AsyncSession, event: Event, clinic_id: str, reason: str) -> None:
+    # Mostly a visit at a clinic that knows the patient: then nothing is locked.
+    if not clinic_id or await is_related(db, event.tenant_id, event.patient_id, clinic_id, reason):
+        return
     patient = await _patient(db, event)
-    if patient is None or not clinic_id:
+    if patient is None:
         return
     sees_already = clinic_id in patient.clinic_ids
     if await relate(db, patient, [clinic_id], reason) and not sees_already:
@@ -301,8 +305,18 @@ async def _open(
     )
 
 
+# Text: for each message that arrives the answer is no, and through the ORM it costs more than all else.
+_IS_OPEN = text(
+    "SELECT 1 FROM task WHERE tenant_id = :tenant AND code = :code AND source_id = :source"
+    f" AND status IN ({', '.join(repr(each.name) for each in OPEN)}) LIMIT 1"
+).bindparams(bindparam("tenant", type_=Id), bindparam("code", type_=Text), bindparam("source", type_=Id))
+
+
 async def _cancel(db: AsyncSession, event: Event, code: str, reason_code: str) -> None:
     """Cancel what earlier versions of the aggregate opened."""
+    values = {"tenant": event.tenant_id, "code": code, "source": event.aggregate_id}
+    if (await db.execute(_IS_OPEN, values)).first() is None:
+        return
     found = await db.execute(
         select(Task)
         .where(
