@@ -89,7 +89,7 @@ def _lines(path: Path) -> list[str]:
 _FIRST = f"""# Performance
 
 `make bench` starts the whole system as it runs in production, on one machine: six processes, a real Apache Kafka, PostgreSQL
-with fsync on (and `shared_buffers` of 1 GB); authentication, validation and audit are on, no collector takes spans. The data
+with fsync on (and `shared_buffers` of 4 GB); authentication, validation and audit are on, no collector takes spans. The data
 set: 100,000 patients, 1,000,000 appointments with their occupancy, 200,000 referrals, 300,000 messages, 100,000 survey answers
 and tasks; it is loaded once (some minutes) and kept in `.cache/bench`. The load comes from wrk (16 connections, one thread) on
 the same cores. Each figure is the median of three interleaved runs after three seconds of warm-up. CPU-ms per operation is user

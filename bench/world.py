@@ -42,8 +42,8 @@ class World:
         postgres.SETTINGS.update(
             # When rows became visible, by the server's own clock: what latencies between services are measured by.
             track_commit_timestamp="on",
-            # The hot part of the data set fits; a laptop's default would measure the copying of pages.
-            shared_buffers="4GB", io_method="sync",
+            # The data set fits; a laptop's default would measure the copying of pages.
+            shared_buffers="4GB",
         )
         self.system = System(folder, 0, kafka=True, empty=True)
         self.data: Data

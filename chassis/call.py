@@ -245,6 +245,21 @@ class Call:
                 return {str(one[0]) for one in found}
         return {str(one) for one in (await self.db.execute(statement, values)).scalars()}
 
+    async def all(self, wanted: Rows[A]) -> list[A]:
+        """All rows of these that the caller may see; for what the request bounds, such as a list of ids."""
+        rows: list[A] | None = None
+        if self._reading is not None:
+            with contextlib.suppress(Unfit):
+                self._sure(wanted.model)
+                rows = await self.runtime.database.statements.fetch(
+                    self._reading, wanted, lambda: self._base(wanted.model), self._named(wanted.model)
+                )
+        if rows is None:
+            rows = list((await self.db.execute(wanted.narrow(self.select(wanted.model)))).scalars())
+        for row in rows:
+            self.saw(row.subject_id)
+        return rows
+
     async def page(
         self,
         wanted: Rows[A],

@@ -41,6 +41,8 @@ SETTINGS = {
     "max_connections": "200",
     "shared_buffers": "128MB",
     "jit": "off",
+    # Worker processes that read ahead are for large scans; here they would only hand small reads to and fro.
+    "io_method": "sync",
     "timezone": "UTC",
     "log_timezone": "UTC",
     # No replication here, so less to write.

@@ -107,7 +107,7 @@ def recipient_of(
     The value with the best rank whose consent covers the purpose wins.
     """
     who = person if kind == "RelatedPerson" else patient
-    if patient is None or who is None or (isinstance(who, RelatedPerson) and who.patient_id != patient.id):
+    if patient is None or who is None or (kind == "RelatedPerson" and who.patient_id != patient.id):
         return {"refusal": "not-found"}
     if patient.deceased:
         return {"refusal": "deceased"}
@@ -131,18 +131,12 @@ def recipient_of(
                 "languages": list(who.languages or patient.languages),
                 # Where a related person lives is not known: the patient's zone is.
                 "time_zones": [patient.time_zone] if patient.time_zone else [],
-                "given_name": _given_name(who),
+                "given_name": who.given_name,
                 "consent_id": consent.id,
                 "consent_version": consent.version,
                 "consent_basis": consent.basis,
             }
     return {"refusal": "no-consent"}
-
-
-def _given_name(who: Patient | RelatedPerson) -> str:
-    if isinstance(who, Patient):
-        return who.given_name
-    return ((who.name or {}).get("given_names") or [""])[0]
 
 
 def _values(telecom: Iterable[dict[str, Any]], channel: str) -> list[str]:

@@ -126,6 +126,11 @@ class RelatedPerson(Aggregate, Base):
     proxy_permissions: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
     proxy_expire_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
 
+    @property
+    def given_name(self) -> str:
+        """How a message addresses them."""
+        return ((self.name or {}).get("given_names") or [""])[0]
+
     def change(self, **values: Any) -> None:
         """Set fields. Raises Invalid `PROXY_WITHOUT_END`."""
         if "telecom" in values:

@@ -223,28 +223,15 @@ class PatientsServicer(PatientsServiceServicer):
     async def BatchGetRecipients(
         self, request: pb.BatchGetRecipientsRequest, call: Call
     ) -> pb.BatchGetRecipientsResponse:
-        ids = {item.patient_id for item in request.items}
-        patients = {
-            row.id: row for row in (await call.db.execute(call.select(Patient).where(Patient.id.in_(ids)))).scalars()
-        }
-        related = {item.recipient.id for item in request.items if item.recipient.type == "RelatedPerson"}
+        ids = sorted({item.patient_id for item in request.items})
+        related = sorted({item.recipient.id for item in request.items if item.recipient.type == "RelatedPerson"})
+        patients = {row.id: row for row in await call.all(Rows(Patient).among(Patient.id, ids))}
         persons = (
-            {
-                row.id: row
-                for row in (
-                    await call.db.execute(call.select(RelatedPerson).where(RelatedPerson.id.in_(related)))
-                ).scalars()
-            }
+            {row.id: row for row in await call.all(Rows(RelatedPerson).among(RelatedPerson.id, related))}
             if related
             else {}
         )
-        consents = list(
-            (
-                await call.db.execute(
-                    call.select(Consent).where(Consent.patient_id.in_(ids), Consent.status == "ACTIVE")
-                )
-            ).scalars()
-        )
+        consents = await call.all(Rows(Consent).among(Consent.patient_id, ids).equal(Consent.status, "ACTIVE"))
         call.saw(*ids)
         answer = pb.BatchGetRecipientsResponse()
         for item in request.items:

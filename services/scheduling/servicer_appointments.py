@@ -151,9 +151,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
     async def BatchGetAppointments(
         self, request: pb.BatchGetAppointmentsRequest, call: Call
     ) -> pb.BatchGetAppointmentsResponse:
-        found = await call.db.execute(call.select(Appointment).where(Appointment.id.in_(list(request.ids))))
-        rows = list(found.scalars())
-        call.saw(*(row.patient_id for row in rows))
+        rows = await call.all(Rows(Appointment).among(Appointment.id, request.ids))
         return pb.BatchGetAppointmentsResponse(appointments=[to_proto(row, pb.Appointment) for row in rows])
 
 
