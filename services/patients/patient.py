@@ -58,10 +58,15 @@ class Patient(Aggregate, Base):
     def change(self, **values: Any) -> set[str]:
         """Set fields; answers the contact values that are gone, whose consents end.
 
-        Raises Invalid `TIME_ZONE_UNKNOWN`, `DATE_INVALID`.
+        Raises Invalid `TIME_ZONE_UNKNOWN`, `DATE_INVALID`, `NAME_BLANK`.
         """
         if values.get("active", True) is None:
             values["active"] = True
+        for number, name in enumerate(values.get("names", ())):
+            if not "".join((name.get("family_name", ""), *name.get("given_names", ()))).strip():
+                raise Invalid(
+                    "NAME_BLANK", "A name has a family name or a given name.", field=f"patient.names[{number}]"
+                )
         for name in ("birth_date", "deceased_date"):
             known_day(values.get(name, ""), f"patient.{name}")
         before = contact_values(self.telecom or [])

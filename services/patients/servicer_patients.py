@@ -260,7 +260,14 @@ def _channel(number: int) -> str:
 def _values(call: Call, patient: pb.Patient, mask: FieldMask | None = None) -> dict:
     """What a request sets. Only who imports names the owning system: anybody else's word would lock the record."""
     read_only = _READ_ONLY if call.allows("patients.import") else _READ_ONLY | {"source_system"}
-    return given(patient, mask, read_only=read_only)
+    values = given(patient, mask, read_only=read_only)
+    # Wherever the patient is, no day has begun anywhere that is 14 hours ahead of UTC's.
+    today = (call.now + timedelta(hours=14)).date().isoformat()
+    for name in ("birth_date", "deceased_date"):
+        # Also of a year or a month alone: the text's order is the calendar's.
+        if values.get(name, "") > today:
+            raise Invalid("DATE_IN_FUTURE", "This day has not come yet.", field=f"patient.{name}")
+    return values
 
 
 def _own_clinic(call: Call, clinic_id: str) -> None:

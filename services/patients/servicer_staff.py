@@ -7,13 +7,15 @@ from sqlalchemy import select
 
 from chassis import access
 from chassis.call import Call, require_etag
-from chassis.errors import Invalid
+from chassis.errors import FailedPrecondition, Invalid
 from chassis.ids import new_id
 from chassis.reading import Rows
 from chassis.wire import OUTPUT_ONLY, given, to_proto
 from services.patients.patient import Patient, RelatedPerson
 from services.patients.roles import PERMISSIONS
 from services.patients.staff import Login, Pool, Role, Staff
+
+_KEEPS_ADMIN = {"staff.write", "roles.write"}
 
 
 class StaffServicer(StaffServiceServicer):
@@ -74,7 +76,7 @@ class PoolsServicer(PoolsServiceServicer):
 
     async def CreatePool(self, request: pb.CreatePoolRequest, call: Call) -> pb.Pool:
         pool = Pool(id=new_id())
-        pool.change(**{"active": True, **given(request.pool)})
+        await _change_pool(call, pool, {"active": True, **given(request.pool)})
         await call.add(pool)
         await call.db.flush()
         return to_proto(pool, pb.Pool)
@@ -88,7 +90,7 @@ class PoolsServicer(PoolsServiceServicer):
 
     async def UpdatePool(self, request: pb.UpdatePoolRequest, call: Call) -> pb.Pool:
         pool = await call.get(Pool, request.pool.id, etag=require_etag(request.etag))
-        pool.change(**given(request.pool, request.update_mask))
+        await _change_pool(call, pool, given(request.pool, request.update_mask))
         await call.db.flush()
         return to_proto(pool, pb.Pool)
 
@@ -107,11 +109,23 @@ class RolesServicer(RolesServiceServicer):
         unknown = sorted(set(wanted) - PERMISSIONS)
         if unknown:
             raise Invalid("PERMISSION_UNKNOWN", "A permission doesn't exist.", field="role.permissions")
+        if role.name == "admin" and not _KEEPS_ADMIN <= set(wanted):
+            raise FailedPrecondition(
+                "ADMIN_NEEDED", "Without staff.write and roles.write nobody could ever give a right again."
+            )
         role.change(wanted)
         await call.db.flush()
         state = to_proto(role, access_pb2.RoleState)
         await access.store_role(call.db, call.runtime.tables.access, state)
         return to_proto(role, pb.Role)
+
+
+async def _change_pool(call: Call, pool: Pool, values: dict) -> None:
+    wanted = set(values.get("staff_ids", ()))
+    known = await call.db.execute(select(Staff.id).where(Staff.tenant_id == call.tenant_id, Staff.id.in_(wanted)))
+    if wanted - set(known.scalars()):
+        raise Invalid("STAFF_UNKNOWN", "A member is nobody of the staff.", field="pool.staff_ids")
+    pool.change(**values)
 
 
 async def _change_staff(call: Call, staff: Staff, values: dict) -> None:

@@ -7,7 +7,7 @@ from care.events.v1.envelope_pb2 import Event
 from care.patients.v1 import events_pb2, staff_pb2
 from care.patients.v1 import patients_pb2 as pb
 from care.patients.v1.patients_pb2_grpc import PatientsServiceStub
-from care.patients.v1.staff_pb2_grpc import PoolsServiceStub, StaffServiceStub
+from care.patients.v1.staff_pb2_grpc import PoolsServiceStub, RolesServiceStub, StaffServiceStub
 from sqlalchemy import text
 
 from chassis.errors import Problem
@@ -82,6 +82,28 @@ async def test_an_invalid_phone_is_kept_and_marked(harness, clinics):
     patient = await created(harness, clinics[0], family="Lindqvist")
     assert patient.telecom[0].value == "555-867-0134"
     assert patient.telecom[0].e164 == ""
+
+
+async def test_a_blank_name_and_days_to_come_are_refused(harness, clinics):
+    patient = await created(harness, clinics[0], family="Achterberg", born="1971-03-04")
+    refused = [
+        ({"names": [{"family_name": " ", "given_names": ["", " "]}]}, "NAME_BLANK", "patient.names[0]"),
+        ({"birth_date": "2999-01-01"}, "DATE_IN_FUTURE", "patient.birth_date"),
+        ({"birth_date": "2999"}, "DATE_IN_FUTURE", "patient.birth_date"),
+        ({"deceased": True, "deceased_date": "2999-01"}, "DATE_IN_FUTURE", "patient.deceased_date"),
+    ]
+    for changed, reason, field in refused:
+        change = pb.UpdatePatientRequest(patient={"id": patient.id, **changed}, etag=patient.etag)
+        with pytest.raises(Problem) as problem:
+            await patients(harness, "UpdatePatient", change)
+        assert (problem.value.reason, problem.value.metadata["field"]) == (reason, field)
+
+
+async def test_a_pool_has_only_members_of_the_staff(harness, clinics):
+    pool = staff_pb2.Pool(name="nobody's", staff_ids=[new_id()])
+    with pytest.raises(Problem) as refused:
+        await harness.call("patients", PoolsServiceStub, "CreatePool", staff_pb2.CreatePoolRequest(pool=pool), "cora")
+    assert refused.value.reason == "STAFF_UNKNOWN"
 
 
 async def test_an_update_needs_the_etag_that_was_read(harness, clinics):
@@ -377,3 +399,17 @@ async def test_a_tenant_whose_pools_were_given_other_work_is_completed_and_not_r
                 text("UPDATE pool SET purpose = '' WHERE tenant_id = :tenant AND purpose = 'urgent'"),
                 {"tenant": tenant},
             )
+
+
+async def test_the_role_that_gives_rights_cannot_lose_its_own(harness, clinics):
+    await bootstrap(
+        harness.servers["patients"].settings.database_url, tenant_id=harness.tenant_id, issuer="https://issuer.test"
+    )
+    await harness.staff("rosa", ["roles.write", "staff.read"], clinics=[clinics[0]])
+    roles = await harness.call("patients", RolesServiceStub, "ListRoles", staff_pb2.ListRolesRequest(), "rosa")
+    admin = next(each for each in roles.roles if each.name == "admin")
+    request = staff_pb2.UpdateRoleRequest(role=admin, etag=admin.etag)
+    request.role.permissions.remove("roles.write")
+    with pytest.raises(Problem) as refused:
+        await harness.call("patients", RolesServiceStub, "UpdateRole", request, "rosa")
+    assert refused.value.reason == "ADMIN_NEEDED"
