@@ -37,8 +37,9 @@ _RECYCLE = 1800.0
 _SHAPES_AT_MOST = 500
 _NOT_OURS = ("_sa_", "__")
 
-_TOGETHER = (16, 8, 4, 2, 1)
-_PARAMETER = re.compile(r"\$(\d+)")
+_TOGETHER = 64
+_PARAMETER = re.compile(r"\$(\d+)(?:::(TIMESTAMP WITH TIME ZONE|DOUBLE PRECISION|\w+)(?:\(\d+\))?(\[\])?)?")
+_QUOTED = re.compile(r'[",\\{}\s]|^$|^null$', re.IGNORECASE)
 
 Process = Callable[[Any], Any]
 Values = Sequence[Any]
@@ -99,7 +100,7 @@ class Loader:
         self._connections = connections
         self._room = asyncio.Semaphore(at_once)
         self._lines: dict[str, list[_Asked]] = {}
-        self._many: dict[tuple[str, int], str] = {}
+        self._many: dict[str, _Joined | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def fetch(self, sql: str, arguments: Sequence[Any]) -> list[Values]:
@@ -122,13 +123,13 @@ class Loader:
 
     def _send(self, sql: str) -> None:
         line = self._lines.pop(sql)
-        for size in _TOGETHER:
-            while len(line) >= size:
-                together, line = line[:size], line[size:]
-                # A context of its own: whose request it was is nobody's business in here.
-                task = asyncio.get_running_loop().create_task(self._run(sql, together), context=Context())
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+        size = _TOGETHER if len(line) > 1 and self._joined(sql, line[0]) is not None else 1
+        for first in range(0, len(line), size):
+            # A context of its own: whose request it was is nobody's business in here.
+            work = self._run(sql, line[first : first + size])
+            task = asyncio.get_running_loop().create_task(work, context=Context())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _run(self, sql: str, together: Sequence["_Asked"]) -> None:
         try:
@@ -146,15 +147,15 @@ class Loader:
             answers = [[] for _ in together]
             for record in records:
                 place, *values = record
-                answers[place].append(values)
+                answers[place - 1].append(values)
         for one, answer in zip(together, answers, strict=True):
             if one.answer is not None and not one.answer.done():
                 one.answer.set_result(answer)  # type: ignore[arg-type]
 
     async def _fetch(self, sql: str, together: Sequence["_Asked"]) -> Sequence[Any]:
-        arguments = [argument for one in together for argument in one.arguments]
-        if len(together) > 1:
-            sql = self._joined(sql, len(together), len(together[0].arguments))
+        arguments: Sequence[Any] = together[0].arguments
+        if len(together) > 1 and (joined := self._joined(sql, together[0])) is not None:
+            sql, arguments = joined.sql, joined.columns([one.arguments for one in together])
         async with self._room:
             taken = await self._connections.take()
             done = False
@@ -165,16 +166,10 @@ class Loader:
             finally:
                 self._connections.give_back(taken, broken=not done)
 
-    def _joined(self, sql: str, count: int, parameters: int) -> str:
-        joined = self._many.get((sql, count))
-        if joined is None:
-            parts = []
-            for place in range(count):
-                first = place * parameters
-                own = _PARAMETER.sub(lambda found, first=first: f"${first + int(found[1])}", sql)  # type: ignore[misc]
-                parts.append(f"(SELECT {place}, one.* FROM ({own}) one)")
-            joined = self._many[sql, count] = " UNION ALL ".join(parts)
-        return joined
+    def _joined(self, sql: str, one: "_Asked") -> "_Joined | None":
+        if sql not in self._many:
+            self._many[sql] = _Joined.of(sql, len(one.arguments))
+        return self._many[sql]
 
     async def close(self) -> None:
         """Let what is under way end."""
@@ -186,6 +181,56 @@ class Loader:
 class _Asked(NamedTuple):
     arguments: Sequence[Any]
     answer: "asyncio.Future[list[Values]] | None"
+
+
+class _Joined(NamedTuple):
+    """A statement run for several sets of parameters at once, one after the other, however many they are.
+
+    A statement for each number of them (a UNION of its copies) costs PostgreSQL the same and the driver more: it is prepared
+    for each number anew, on each connection.
+    """
+
+    sql: str
+    is_list: Sequence[bool]
+    """Which parameters are arrays: they travel as text, since arrays of arrays would be flattened."""
+
+    @classmethod
+    def of(cls, sql: str, parameters: int) -> Self | None:
+        """None where a parameter's type doesn't stand in the statement."""
+        types = {int(found[1]): (found[2], found[3]) for found in _PARAMETER.finditer(sql) if found[2]}
+        if set(types) != set(range(1, parameters + 1)):
+            return None
+        numbers = range(1, parameters + 1)
+        given = [f"${number}::{'text' if types[number][1] else types[number][0]}[]" for number in numbers]
+        body = _PARAMETER.sub(
+            lambda found: f"k.p{found[1]}" + (f"::{types[int(found[1])][0]}[]" if types[int(found[1])][1] else ""), sql
+        )
+        # OFFSET 0: each set of parameters by a plan of its own, never all of them joined and sorted as one.
+        joined = (
+            f"SELECT k.place, one.* FROM unnest({', '.join(given)}) WITH ORDINALITY"
+            f" AS k({', '.join(f'p{number}' for number in numbers)}, place)"
+            f" CROSS JOIN LATERAL (SELECT each.* FROM ({body}) AS each OFFSET 0) AS one"
+        )
+        return cls(joined, [bool(types[number][1]) for number in numbers])
+
+    def columns(self, sets: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """The parameters by column."""
+        columns = [list(column) for column in zip(*sets, strict=True)]
+        return [
+            [None if value is None else _array(value) for value in column] if is_list else column
+            for column, is_list in zip(columns, self.is_list, strict=True)
+        ]
+
+
+def _array(values: Sequence[Any]) -> str:
+    """An array as PostgreSQL writes it."""
+    written = []
+    for value in values:
+        text = "NULL" if value is None else str(value)
+        if value is not None and _QUOTED.search(text):
+            text = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        written.append(text)
+    return "{" + ",".join(written) + "}"
 
 
 class Reading:
