@@ -2,12 +2,12 @@
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message
-from sqlalchemy import ColumnElement, Select, Uuid, and_, bindparam, literal, select, tuple_
+from sqlalchemy import ColumnElement, Select, TextClause, Uuid, and_, bindparam, literal, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -91,7 +91,7 @@ class Call:
 
     def begin(self, db: AsyncSession, now: datetime | None = None) -> None:
         """Bind the session; from `now` on changes carry who, for whom and when."""
-        self._db, self._now = db, now
+        self._db, self._now, self._reading = db, now, None
         if now is not None:
             db.info["act"] = Act(self.actor, now, self.on_behalf_of, self.source)
 
@@ -239,11 +239,14 @@ class Call:
         self._refuse_link()
         statement = seen(everybody=self.caller.kind == "system")
         values = {**self._named(), "patients": list(patient_ids)}
+        return {str(one[0]) for one in await self.records(statement, values)}
+
+    async def records(self, statement: TextClause, values: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        """Rows of a textual statement; in a read an id may be the driver's own kind of UUID."""
         if self._reading is not None:
             with contextlib.suppress(Unfit):
-                found = await self.runtime.database.statements.records(self._reading, statement, values)
-                return {str(one[0]) for one in found}
-        return {str(one) for one in (await self.db.execute(statement, values)).scalars()}
+                return await self.runtime.database.statements.records(self._reading, statement, values)
+        return (await self.db.execute(statement, values)).all()
 
     async def all(self, wanted: Rows[A]) -> list[A]:
         """All rows of these that the caller may see; for what the request bounds, such as a list of ids."""

@@ -1,6 +1,7 @@
 """A request's way through a service: one tuple of stages around every servicer's method."""
 
 import asyncio
+import contextlib
 import hashlib
 import re
 import time
@@ -46,6 +47,7 @@ from chassis.errors import (
     to_status,
 )
 from chassis.ids import new_id
+from chassis.rivals import Contest, Rivals
 from chassis.settings import Settings
 from chassis.signing import Signer
 from chassis.tables import ChassisTables
@@ -80,6 +82,7 @@ class Method:
         # An answer that is a right by itself is not kept for replays: asking again makes a new one.
         self.answers_secret = "token" in descriptor.output_type.fields_by_name
         self.run = run
+        self.contest: Contest | None = getattr(run, "contest", None)
 
 
 @dataclass
@@ -108,10 +111,12 @@ class Runtime:
     loops: dict[str, RunningLoop] = field(default_factory=dict)
     page_signer: Signer = field(init=False)
     loop_metrics: LoopMetrics = field(init=False)
+    rivals: Rivals = field(init=False)
 
     def __post_init__(self) -> None:
         self.page_signer = Signer(self.settings.signing_secret, "page")
         self.loop_metrics = LoopMetrics(self.telemetry.registry)
+        self.rivals = Rivals(self.settings.lock_timeout)
 
     def refuse_stale(self) -> None:
         """Nothing was heard from patients for too long: rather no answer than a wrong one."""
@@ -261,7 +266,11 @@ async def transact(exchange: Exchange, proceed: Proceed) -> Message:
                 return answer
             key = exchange.key = _key(call)
             # Queue first, then take a place: 64 twins must not hold all of them.
-            async with runtime.database.twins(tuple(key.values())), runtime.database.writing() as db:
+            async with (
+                runtime.database.twins(tuple(key.values())),
+                _turn(exchange, call),
+                runtime.database.writing() as db,
+            ):
                 exchange.db = db
                 return await proceed(exchange)
         except StaleDataError as error:
@@ -275,6 +284,26 @@ async def transact(exchange: Exchange, proceed: Proceed) -> Message:
                 continue
             raise translated(error, runtime) from error
     raise AssertionError
+
+
+def _turn(exchange: Exchange, call: Call) -> contextlib.AbstractAsyncContextManager[None]:
+    """A call's turn among its rivals, behind its twins: a twin of the winner is to find the winner's answer.
+
+    Where several reasons to refuse it are true, a rival may hear another one than its method would have named first.
+    """
+    contest = exchange.method.contest
+    wanted = contest.wanted(exchange.request, call) if contest is not None else None
+    if contest is None or wanted is None:
+        return contextlib.nullcontext()
+
+    async def look() -> None:
+        async with exchange.runtime.database.hot_reading() as reading:
+            call.begin_reading(reading)
+            # Whoever has its answer already doesn't compete: it will find that in its transaction.
+            if not getattr(exchange.request, "request_id", "") or not await call.records(_ANSWERED, exchange.key):
+                await contest.look(exchange.request, call, wanted)
+
+    return exchange.runtime.rivals.turn((contest, call.tenant_id, wanted), look, contest.gone)
 
 
 def _key(call: Call) -> dict[str, str]:
@@ -603,7 +632,11 @@ _CLAIM = text(
     "INSERT INTO idempotency_key (tenant_id, actor, method, request_id, body_hash)"
     " VALUES (:tenant, :actor, :method, :request_id, :hash) ON CONFLICT DO NOTHING RETURNING create_time"
 ).bindparams(*_KEY, bindparam("hash", type_=LargeBinary))
-_STORED = text(
-    "SELECT body_hash, response, subject_ids FROM idempotency_key"
+_OF_KEY = (
+    "FROM idempotency_key"
     " WHERE tenant_id = :tenant AND actor = :actor AND method = :method AND request_id = :request_id"
+)
+_ANSWERED = text(f"SELECT 1 AS answered {_OF_KEY}").bindparams(*_KEY)
+_STORED = text(
+    f"SELECT body_hash, response, subject_ids {_OF_KEY}"
 ).bindparams(*_KEY).columns(body_hash=LargeBinary, response=LargeBinary, subject_ids=ARRAY(Uuid(as_uuid=False)))  # fmt: skip

@@ -171,6 +171,13 @@ _TAKE = text(
     bindparam("expire", type_=DateTime(timezone=True)),
     *(bindparam(name, type_=_INTS) for name in ("nos", "lane", "start", "end")),
 )
+# Whether somebody or something stands in the way of all that would begin in a second, unless it is overbooked.
+TAKEN = text(
+    "SELECT o.no FROM bookable b JOIN occupancy o"
+    f" ON o.during @> ({PACKED.format(no='b.no', lane='0')} + :second)"
+    " WHERE b.tenant_id = :tenant AND b.ref_id = :ref AND :second BETWEEN 0 AND 4294967295"
+    " AND (o.expire_time IS NULL OR o.expire_time > clock_timestamp())"
+).bindparams(bindparam("tenant", type_=_UUID), bindparam("ref", type_=_UUID), bindparam("second", type_=BigInteger))
 _KEEP = text(
     "UPDATE occupancy SET expire_time = NULL WHERE tenant_id = :tenant AND holder_id = :holder"
     " AND (expire_time IS NULL OR expire_time > clock_timestamp()) RETURNING no"

@@ -1,5 +1,6 @@
 """Appointments over gRPC: each RPC is one verb of the lifecycle."""
 
+import contextlib
 from datetime import date, datetime, time, timedelta
 from typing import Any, Protocol
 
@@ -9,9 +10,10 @@ from sqlalchemy import select
 
 from chassis.calendar import at_local
 from chassis.call import Call
-from chassis.errors import FailedPrecondition, Invalid
+from chassis.errors import FailedPrecondition, Invalid, Problem
 from chassis.ids import new_id
 from chassis.reading import Rows
+from chassis.rivals import Contest
 from chassis.signing import Signer
 from chassis.wire import enum_names, given_time, plain, to_proto, to_time
 from services.scheduling import booking, occupancy, offers
@@ -31,9 +33,38 @@ class Wanting(Protocol):
     def HasField(self, name: Any) -> bool: ...
 
 
+Competing = pb.CreateAppointmentRequest | pb.HoldAppointmentRequest
+
+
+def _time(request: Competing, call: Call) -> tuple[str, int] | None:
+    """The practitioner and the start that a request competes for."""
+    if isinstance(request, pb.CreateAppointmentRequest) and request.HasField("overbooking"):
+        return None  # it may have what is taken
+    with contextlib.suppress(Problem):  # the method will say what is wrong
+        if isinstance(request, pb.HoldAppointmentRequest) or request.offer_token:
+            place = offers.read(offer_signer(call).open(request.offer_token), call.tenant_id, 0)
+        else:
+            place = _named(request, request.visit_type_id)
+        return place.practitioner_id, place.start
+    return None
+
+
+async def _look(request: Competing, call: Call, wanted: tuple[str, int]) -> None:
+    """Raises NotFound, then AlreadyExists `SLOT_TAKEN`, in the order in which the methods do."""
+    await call.subject(request.patient_id)
+    practitioner_id, start = wanted
+    if await call.records(occupancy.TAKEN, {"tenant": call.tenant_id, "ref": practitioner_id, "second": start}):
+        raise booking.taken()
+
+
+# Who moves an appointment stays out: what stands there may be its own.
+_the_time = Contest(_time, _look, booking.taken().reason)
+
+
 class AppointmentsServicer(AppointmentsServiceServicer):
     """Appointments, from the hold to the end."""
 
+    @_the_time
     async def CreateAppointment(self, request: pb.CreateAppointmentRequest, call: Call) -> pb.Appointment:
         place = _offered(request.offer_token, call) if request.offer_token else _named(request, request.visit_type_id)
         overbooking = _overbooking(request, call)
@@ -43,6 +74,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
         appointment.book(_reason(chosen, overbooking))
         return await _taken(call, appointment, chosen)
 
+    @_the_time
     async def HoldAppointment(self, request: pb.HoldAppointmentRequest, call: Call) -> pb.Appointment:
         chosen = await _choose(call, request.patient_id, _offered(request.offer_token, call))
         appointment = _new(request, call, chosen)

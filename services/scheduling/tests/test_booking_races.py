@@ -6,15 +6,17 @@ import random
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 
 import grpc
 import pytest
 from care.scheduling.v1 import appointments_pb2 as pb
 from care.scheduling.v1.appointments_pb2_grpc import AppointmentsServiceStub
+from sqlalchemy import event, text
 
 from chassis.errors import problem_from_rpc
-from services.scheduling.tests.desk import soon
+from services.scheduling.tests.desk import refused, soon
 
 CLIENTS, ATTEMPTS = 64, 10_000
 PRACTITIONERS, SLOTS, ROOMS, PATIENTS = 20, 20, 14, 160
@@ -28,6 +30,7 @@ SELECT a.id, a.status FROM appointment a
                       WHERE o.tenant_id = a.tenant_id AND o.holder_id = a.id) o ON true
  WHERE o.rows <> CASE WHEN a.status = 'CANCELLED' THEN 0 ELSE jsonb_array_length(a.participants) END
 """
+CLAIM = "INTO idempotency_key"  # the first of every transaction that a call begins
 DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
 
 
@@ -226,6 +229,199 @@ async def test_of_16_rivals_for_one_slot_one_wins_and_the_others_hear_so(desk):
         assert outcomes == {"booked": 1, "SLOT_TAKEN": 15}
     times.sort()
     print(f"losers: median {times[len(times) // 2] * 1000:.0f} ms, p99 {times[int(len(times) * 0.99)] * 1000:.0f} ms")
+
+
+# -- rivals in one process ---------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def held_up(desk):
+    """Nobody can claim a key meanwhile: whoever is first stays at work, and the others come to wait."""
+    async with desk.database.engine.begin() as connection:
+        await connection.execute(text("LOCK TABLE idempotency_key IN SHARE MODE"))
+        yield
+
+
+@contextmanager
+def sent(desk, words=CLAIM):
+    """Statements of transactions with these words."""
+    heard = []
+
+    def hear(_connection, _cursor, statement, *_rest):
+        if words in statement:
+            heard.append(statement)
+
+    event.listen(desk.database.engine.sync_engine, "before_cursor_execute", hear)
+    yield heard
+    event.remove(desk.database.engine.sync_engine, "before_cursor_execute", hear)
+
+
+def lines(desk):
+    return desk.harness.servers["scheduling"].runtime.rivals._lines
+
+
+async def come(desk, *calls):
+    """Start calls one after the other, each when the one before it stands in the queue."""
+    tasks = []
+    for call in calls:
+        tasks.append(asyncio.create_task(call))
+        async with asyncio.timeout(2):
+            while sum(line.here for line in lines(desk).values()) < len(tasks):
+                await asyncio.sleep(0.005)
+    return tasks
+
+
+async def outcomes_of(tasks):
+    """Answers, or the reasons for which there are none."""
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    return [getattr(answer, "reason", answer) for answer in answers]
+
+
+async def test_rivals_who_wait_are_refused_without_a_transaction(desk):
+    start, patients = soon(days=30), [await desk.a_patient() for _ in range(16)]
+    (slot, *_) = (await desk.search(start_time=start, practitioner_ids=[desk.doctor])).slots
+    with sent(desk) as claimed:
+        async with held_up(desk):
+            # By offer or by name, to hold or to book: it is one time of one practitioner.
+            holding = [desk.hold(patient, slot) for patient in patients[:8]]
+            booking = [desk.book(patient, start, request_id=f"rival {patient}") for patient in patients[8:]]
+            tasks = await come(desk, *booking[:4], *holding, *booking[4:])
+            assert len(claimed) == len(lines(desk)) == 1
+        first, *others = await outcomes_of(tasks)
+    assert first.patient_id == patients[8]
+    assert others == ["SLOT_TAKEN"] * 15
+    assert len(claimed) == 1
+    assert not lines(desk)
+    audited = await desk.sql(
+        "SELECT 1 FROM audit WHERE outcome = 'ALREADY_EXISTS' AND subject_ids[1] = ANY(:ids)", ids=patients
+    )
+    assert len(audited) == 15
+
+
+async def test_when_the_first_rival_fails_the_next_one_has_the_time(desk):
+    start, busy = soon(days=31), await desk.a_patient()
+    await desk.book(busy, start, desk.other)
+    patients = [await desk.a_patient() for _ in range(4)]
+    with sent(desk) as claimed:
+        async with held_up(desk):
+            tasks = await come(desk, desk.book(busy, start), *(desk.book(patient, start) for patient in patients))
+        refusal, next_one, *others = await outcomes_of(tasks)
+    assert refusal == "PATIENT_BUSY"
+    assert next_one.patient_id == patients[0]
+    assert others == ["SLOT_TAKEN"] * 3
+    assert len(claimed) == 2
+
+
+async def test_a_rival_that_had_its_answer_already_gets_it_again(desk):
+    start, winner, late = soon(days=32), await desk.a_patient(), await desk.a_patient()
+    before = await desk.book(late, start, request_id="long ago")
+    await desk.do("Cancel", before, reason={"code": "pat"})
+    async with held_up(desk):
+        tasks = await come(
+            desk, desk.book(winner, start, request_id="now"), desk.book(late, start, request_id="long ago")
+        )
+        twin = asyncio.create_task(desk.book(winner, start, request_id="now"))
+        other_body = asyncio.create_task(desk.book(late, start, request_id="long ago", comment="changed"))
+    answer, replayed, of_twin, reused = await outcomes_of([*tasks, twin, other_body])
+    assert answer.patient_id == winner and of_twin == answer
+    assert replayed == before
+    assert reused == "IDEMPOTENCY_KEY_REUSED"
+
+
+async def test_a_rival_who_may_not_see_the_patient_hears_only_that(desk):
+    start, patients = soon(days=34), [await desk.a_patient() for _ in range(3)]
+    async with held_up(desk):
+        first, *others = patients
+        strangers = [desk.book(patient, start, subject="elias") for patient in others]
+        tasks = await come(desk, desk.book(first, start), *strangers)
+    booked, *refusals = await outcomes_of(tasks)
+    assert booked.patient_id == first
+    assert refusals == ["NOT_FOUND"] * 2
+    # Nor does it who is first.
+    assert await refused(desk.book(others[0], start, subject="elias")) == "NOT_FOUND"
+
+
+async def test_who_overbooks_waits_for_nobody_and_is_not_refused(desk):
+    visit, start = await desk.a_visit_type("doubled", overbooking_cap=3), soon(days=35)
+    patients, over = [await desk.a_patient() for _ in range(5)], {"reason": "walked in with fever"}
+    await desk.book(await desk.a_patient(), start)
+    async with held_up(desk):
+        tasks = await come(desk, *(desk.book(patient, start, visit_type_id=visit) for patient in patients[:3]))
+        more = [
+            asyncio.create_task(desk.book(one, start, subject="sam", visit_type_id=visit, overbooking=over))
+            for one in patients[3:]
+        ]
+        await asyncio.sleep(0.1)
+        assert [line.here for line in lines(desk).values()] == [3]
+    assert {visit.overbooking for visit in await asyncio.gather(*more)} == {1, 2}
+    assert await outcomes_of(tasks) == ["SLOT_TAKEN"] * 3
+
+
+async def test_rivals_who_give_up_keep_nobody_waiting(desk):
+    start, patients = soon(days=36), [await desk.a_patient() for _ in range(6)]
+    async with held_up(desk):
+        tasks = await come(desk, *(desk.book(patient, start) for patient in patients))
+        gone = [tasks.pop(0), tasks.pop(1)]  # who is at work, and who waits
+        for one in gone:
+            one.cancel()
+        await asyncio.wait(gone)
+        async with asyncio.timeout(2):
+            while [line.here for line in lines(desk).values()] != [4]:
+                await asyncio.sleep(0.005)
+    outcomes = await outcomes_of(tasks)
+    assert outcomes[0].patient_id == patients[1]
+    assert outcomes[1:] == ["SLOT_TAKEN"] * 3
+    assert not lines(desk)
+
+
+async def test_a_time_that_was_given_back_is_had_by_the_next_rival(desk):
+    start, patients = soon(days=37), [await desk.a_patient() for _ in range(3)]
+    before = await desk.book(patients[0], start, request_id="given back")
+    await desk.do("Cancel", before, reason={"code": "pat"})
+    with sent(desk) as claimed, sent(desk, "FROM record_subject") as confirmed:
+        async with held_up(desk):
+            # The first one's answer is of long ago: the others look, and find the time free.
+            replay = desk.book(patients[0], start, request_id="given back")
+            tasks = await come(desk, replay, *(desk.book(patient, start) for patient in patients[1:]))
+        replayed, booked, lost = await outcomes_of(tasks)
+    assert replayed == before
+    assert booked.patient_id == patients[1] and lost == "SLOT_TAKEN"
+    # Who looked and goes on confirms it all in its own transaction.
+    assert len(claimed) == len(confirmed) == 2
+    assert not lines(desk)
+
+
+async def test_rivals_at_two_replicas_have_one_winner(desk):
+    first = desk.harness.servers["scheduling"]
+    second = desk.harness.build(first.service, first.settings.database_url, principal_cache=60.0)
+    await desk.harness.hear_patients(second)
+    await second.start()
+    stubs = [
+        AppointmentsServiceStub(grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")) for server in (first, second)
+    ]
+    metadata = desk.harness.as_user("cora")
+    try:
+        for turn in range(6):
+            start = soon(days=38) + timedelta(hours=turn)
+            patients = [await desk.a_patient() for _ in range(16)]
+
+            async def book(number, patient, start=start):
+                request = pb.CreateAppointmentRequest(
+                    patient_id=patient, visit_type_id=desk.visit, clinic_id=desk.clinic, practitioner_id=desk.doctor
+                )
+                request.start_time.FromDatetime(start)
+                try:
+                    await stubs[number % 2].CreateAppointment(request, metadata=metadata, timeout=10)
+                except grpc.RpcError as error:
+                    return problem_from_rpc(error).reason
+                return "booked"
+
+            outcomes = Counter(await asyncio.gather(*(book(*one) for one in enumerate(patients))))
+            assert outcomes == {"booked": 1, "SLOT_TAKEN": 15}
+        assert not await desk.overlaps()
+        assert not second.runtime.rivals._lines
+    finally:
+        await second.stop()
 
 
 async def test_a_hold_that_expires_under_many_eyes_goes_to_one_of_them(desk):
