@@ -42,8 +42,9 @@ class Telling:
         self._payloads = payloads
         self._actor = f"system:{service}"
 
-    def envelope(self, told: Told, act: Act | None, traceparent: str) -> Event:
+    def envelope(self, told: Told) -> Event:
         """The event as it goes on the bus."""
+        act = told.act
         kind = self._payloads.get(told.type) or self._payloads[told.type.partition(".")[0]]
         payload = to_proto(told.row, kind, **told.extra)
         built = Event(
@@ -55,7 +56,7 @@ class Telling:
             actor=act.actor if act is not None else self._actor,
             version=told.version,
             security_labels=told.labels,
-            traceparent=traceparent,
+            traceparent=told.traceparent,
             payload_type=payload.DESCRIPTOR.full_name,
             payload=payload.SerializeToString(),
         )
@@ -226,12 +227,11 @@ class Database:
         told: Sequence[Told] = sorted(session.info.pop("told", []), key=lambda one: one.order)
         if told:
             session.info["woke"] = True
-        act, traceparent = session.info.get("act"), current_traceparent()
-        events = [self.telling.envelope(one, act, traceparent) for one in told]
+        events = [self.telling.envelope(one) for one in told]
         return (
             [one.aggregate_id for one in events],
             [one.SerializeToString() for one in events],
-            [traceparent] * len(events),
+            [one.traceparent for one in events],
         )
 
     def _tell(self, session: SyncSession) -> None:

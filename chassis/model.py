@@ -27,6 +27,7 @@ from sqlalchemy.orm.attributes import flag_modified, instance_state
 from chassis import tables
 from chassis.ids import new_id
 from chassis.lifecycle import Lifecycle, illegal
+from chassis.telemetry import current_traceparent
 
 # Constraint names are part of the contract: reasons are looked up by them.
 _NAMING = {
@@ -88,13 +89,15 @@ class Act:
 
 @dataclass(slots=True)
 class Told:
-    """An event that a row told and that is not in the outbox yet."""
+    """An event that a row told and that is not in the outbox yet, with the act and the span that it was flushed in."""
 
     row: Any
     type: str
     extra: dict[str, Any]
     version: int = 0
     labels: list[str] = field(default_factory=list)
+    act: Act | None = None
+    traceparent: str = ""
     order: int = field(default_factory=time.perf_counter_ns)
     """Rows are flushed in no order; events of one transaction are told as they happened."""
 
@@ -218,7 +221,10 @@ def stamp(session: Session) -> None:
                     on_behalf_of=act.on_behalf_of,
                     source=act.source or "CODE_UNSPECIFIED",
                 )
-        told.extend(row.__dict__.pop("_told", ()))
+        for one in row.__dict__.pop("_told", ()):
+            # Kept, since a consumer's transaction is of several acts.
+            one.act, one.traceparent = act, current_traceparent()
+            told.append(one)
 
 
 def listen(session_class: type[Session]) -> None:
