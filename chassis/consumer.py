@@ -1,4 +1,4 @@
-"""The consumer: each event's effect and inbox mark in one transaction, the offset committed after."""
+"""The consumer: an event's effect and inbox mark in one transaction, which those that wait share; the offset follows."""
 
 import asyncio
 import contextlib
@@ -6,13 +6,15 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 from care.events.v1.envelope_pb2 import Event
 from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as Payload
 from grpc import StatusCode
-from opentelemetry.trace import Span, SpanKind, Status, Tracer
+from opentelemetry.trace import Span, SpanKind, Status, Tracer, use_span
 from opentelemetry.trace import StatusCode as SpanStatus
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from sqlalchemy import text
@@ -35,6 +37,16 @@ _MARK = text(
     "INSERT INTO inbox (group_name, event_id, type) VALUES (:group_name, CAST(:event_id AS uuid), :type)"
     " ON CONFLICT DO NOTHING RETURNING time"
 )
+# As above, for several. Ordered, so that two members with the same events don't wait for each other. Whoever waits long
+# while holding other events' rows gives them back; that each then goes by itself, with more patience, costs little.
+_MARK_ALL = text(
+    "WITH patience AS (SELECT set_config('lock_timeout', '250', true))"
+    " INSERT INTO inbox (group_name, event_id, type) SELECT :group_name, e.id, e.type"
+    " FROM patience, unnest(CAST(:event_ids AS uuid[]), CAST(:types AS text[])) AS e (id, type) ORDER BY e.id"
+    " ON CONFLICT DO NOTHING RETURNING event_id, time"
+)
+_TOGETHER_AT_MOST = 50
+_TOGETHER_FOR = 0.1  # seconds that it may take, and rows be locked: by this the next one's size is chosen
 _COMMIT_EVERY = 0.5  # what is read again after a crash: the inbox knows it
 _LOOK_EVERY = 0.1  # whether a worker of a partition that is full or being retried has come further
 _LAG_EVERY = 5.0
@@ -90,9 +102,19 @@ def is_away(error: BaseException) -> bool:
 class Consumer:
     """Reads `topics` as a member of `group` and applies each event once.
 
-    Partitions go side by side (at most `parallel` transactions), each in order. What says that something is away is
-    retried in place with its partition paused; everything else is parked in the dead-letter topic with its reason, and
-    later events go on. Nothing is committed before its effect or its parking is.
+    Each partition goes in order. Events that wait share a transaction, whichever partitions they are of; where one of them
+    fails all are rolled back and tried one by one. What goes by itself goes side by side with other partitions (at most
+    `parallel` transactions). What says that something is away is retried in place with its partition paused; everything
+    else is parked in the dead-letter topic with its reason, and later events go on. Nothing is committed before its effect
+    or its parking is.
+
+    Shared transactions lock rows for several events, and still nobody waits in a circle:
+    - Marks come first, all at once and in the order of their ids: who waits for a mark has locked nothing else.
+    - Events in one transaction differ in patient and in aggregate, and go in the order of these; what they lock belongs
+      to these (`Reactions`). So two such transactions meet in the same order, and a request, an event by itself or a
+      replay, which all lock one patient's rows, waits for what never comes back to this patient.
+    - Loops that lock several patients' rows pass over those that are locked. Rows for which one of them waits are locked
+      by `alone` reactions only.
 
     `before(event)` runs ahead of the transaction (make sure of rows that need an RPC; raise `Retry`).
     `recover(error, event)` may mend what a reaction lacked, outside any transaction; True means try once more, and where it
@@ -137,7 +159,12 @@ class Consumer:
         self._metrics = _Metrics(registry, group)
         self._reader: Reader | None = None
         self._queues: dict[Partition, deque[Record]] = {}
+        # Who has a partition in hand; those that may share a transaction are in `_sharing`, too.
         self._workers: dict[Partition, asyncio.Task[None]] = {}
+        self._sharing: set[asyncio.Task[None]] = set()
+        self._heads: dict[Partition, _Waiting] = {}  # read already, so that nothing is read twice
+        self._singly: dict[Partition, int] = {}  # up to this offset each event goes by itself
+        self._size = _TOGETHER_AT_MOST
         self._paused: set[Partition] = set()
         self._retrying: set[Partition] = set()
         self._done: dict[Partition, int] = {}
@@ -205,18 +232,14 @@ class Consumer:
             await self._commit(reader)
 
     async def _balance(self, reader: Reader) -> None:
-        """Start a worker where something waits; pause partitions that are full or being retried, resume the others."""
+        """Have what waits applied; pause partitions that are full or being retried, resume the others."""
         ours = reader.assignment()
         for partition, queue in self._queues.items():
             if partition not in ours:
                 # Lost to another member, which reads it from the committed offset: no use in doing it twice.
                 queue.clear()
                 self._done.pop(partition, None)
-                continue
-            worker = self._workers.get(partition)
-            if queue and (worker is None or worker.done()):
-                name = f"{self.group} {partition}"
-                self._workers[partition] = asyncio.create_task(self._work(partition, queue), name=name)
+        self._spread()
         full = {partition for partition, queue in self._queues.items() if len(queue) >= _QUEUED_AT_MOST}
         low = {partition for partition, queue in self._queues.items() if len(queue) < _QUEUED_AT_MOST // 5}
         pausing = (full | self._retrying) - self._paused
@@ -236,12 +259,111 @@ class Consumer:
                 self._done = done | self._done
                 raise
 
-    async def _work(self, partition: Partition, queue: deque[Record]) -> None:
-        while queue and not self._stopping.is_set():
-            record = queue.popleft()
-            if not await self._settle(record, partition):
-                return  # stopped in the middle of retrying: not done, not committed
+    # -- who does what -------------------------------------------------------------------------------------------------
+
+    def _spread(self) -> None:
+        """Give what waits in partitions that nobody has in hand to tasks: what may share a transaction to one."""
+        if self._stopping.is_set():
+            return
+        for partition in self._waiting():
+            queue = self._queues[partition]
+            if self._fit(partition, queue[0]) is None:
+                self._give(self._settle_all(partition, [queue.popleft()]), [partition])
+        # One at a time: what comes meanwhile goes together. Several would only hold their rows for longer.
+        busy = any(
+            task in self._sharing and partition not in self._retrying for partition, task in self._workers.items()
+        )
+        if busy or not (waiting := self._waiting()):
+            return
+        taken = self._take(waiting)
+        partitions = dict.fromkeys(each.partition for each in taken)
+        for partition in partitions:
+            self._queues[partition] = self._queues.pop(partition)  # next time it is the others' turn
+        if sum(bool(each.registered) for each in taken) != 1:
+            self._sharing.add(self._give(self._settle_together(taken), partitions))
+            return
+        for partition in partitions:
+            records = [each.record for each in taken if each.partition == partition]
+            self._sharing.add(self._give(self._settle_all(partition, records), [partition]))
+
+    def _waiting(self) -> list[Partition]:
+        workers = self._workers
+        return [
+            partition
+            for partition, queue in self._queues.items()
+            if queue and (partition not in workers or workers[partition].done())
+        ]
+
+    def _give(self, work: Coroutine[Any, Any, None], partitions: Collection[Partition]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=f"{self.group} {next(iter(partitions))}")
+        for partition in partitions:
+            self._workers[partition] = task
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._sharing.discard(task)
+        self._spread()
+
+    def _fit(self, partition: Partition, record: Record) -> "_Waiting | None":
+        """What is known of a record that may share a transaction; None where it has to go by itself."""
+        if record.offset <= self._singly.get(partition, -1):
+            return None
+        known = self._heads.get(partition)
+        if known is not None and known.record is record:
+            return known
+        try:
+            event, registered = self._read(record)
+            if registered and (not event.aggregate_id or any(each.alone for each in registered)):
+                return None
+            payload = _payload(event, registered) if registered else None
+        except Unreadable:
+            return None
+        found = self._heads[partition] = _Waiting(partition, record, event, registered, payload)
+        return found
+
+    def _take(self, partitions: Sequence[Partition]) -> list["_Waiting"]:
+        """Out of the queues, in order, what goes together. What has no reaction goes along."""
+        taken: list[_Waiting] = []
+        met: set[str] = set()
+        count = 0
+        for partition in partitions:
+            queue = self._queues[partition]
+            while queue and count < self._size and len(taken) < _QUEUED_AT_MOST:
+                if (found := self._fit(partition, queue[0])) is None:
+                    break
+                if found.registered:
+                    touched = {found.event.id, found.event.aggregate_id, found.event.patient_id} - {""}
+                    if not met.isdisjoint(touched):
+                        break
+                    met |= touched
+                    count += 1
+                taken.append(found)
+                queue.popleft()
+        return taken
+
+    async def _settle_all(self, partition: Partition, records: Sequence[Record]) -> None:
+        """One after the other; one of them has a reaction."""
+        for record in records:
+            if self._stopping.is_set() or not await self._settle(record, partition):
+                return  # stopped, or in the middle of retrying: not done, not committed
             self._done[partition] = record.offset + 1
+
+    async def _settle_together(self, taken: Sequence["_Waiting"]) -> None:
+        """In one transaction; if anything is wrong nothing has happened, and each is settled by itself."""
+        try:
+            await self._apply_together([each for each in taken if each.registered])
+        except Exception:  # whose fault it is shows when each has a transaction of its own
+            self._metrics.shared.labels(self.group, "given_up").inc()
+            self._size = max(2, self._size // 4)  # there may be more of its kind
+            for each in reversed(taken):
+                self._queues[each.partition].appendleft(each.record)
+            for each in taken:
+                self._singly[each.partition] = each.record.offset
+            return
+        self._metrics.settled.labels(self.group, "passed").inc(sum(not each.registered for each in taken))
+        for each in taken:
+            self._done[each.partition] = each.record.offset + 1
 
     async def _observe(self, reader: Reader) -> None:
         trouble = ""
@@ -337,31 +459,80 @@ class Consumer:
             return "passed"
         async with self._room:
             started = time.perf_counter()
-            with self._span(event, record) as span:
+            span = self._span(event, record)
+            with _inside(span, end=True):
                 try:
                     outcome = await self._effects(event, registered, record)
                 except BaseException as error:
-                    span.set_attribute("error.type", type(error).__name__)
-                    if reason := reason_of(error):
-                        span.set_attribute("care.reason", reason)
-                    span.set_status(Status(SpanStatus.ERROR))
+                    _tell_failure(span, error)
                     raise
                 span.set_attribute("care.outcome", outcome)
-            self._metrics.seconds.labels(self.group).observe(time.perf_counter() - started)
+        self._count(event, record, outcome, time.perf_counter() - started)
+        return outcome
+
+    def _count(self, event: Event, record: Record, outcome: str, seconds: float) -> None:
+        """After the commit."""
+        self._metrics.seconds.labels(self.group).observe(seconds)
         self._metrics.settled.labels(self.group, outcome).inc()
         if outcome == "applied":
             self._metrics.freshness.labels(self.group).observe(max(0.0, time.time() - event.time.ToNanoseconds() / 1e9))
         if self._applied is not None:
             self._applied(event, record)
-        return outcome
+
+    async def _apply_together(self, taken: Sequence["_Waiting"]) -> None:
+        """One transaction: marks, then the effects of those that were not marked yet."""
+        if not taken:
+            return
+        taken = sorted(taken, key=lambda each: each.event.patient_id or each.event.aggregate_id)
+        spans: list[Span] = []
+        outcomes: list[str] = []
+        async with self._room:
+            started = time.perf_counter()
+            try:
+                if self._before is not None:
+                    for each in taken:
+                        await self._before(each.event)
+                async with self._sessions() as db, db.begin():
+                    await self._effects_together(db, taken, spans, outcomes)
+            except BaseException as error:
+                for span in spans:
+                    if span is spans[-1] and len(spans) > len(outcomes):
+                        _tell_failure(span, error)
+                    span.set_attribute("care.outcome", "given_up")
+                    span.end()
+                raise
+            took = time.perf_counter() - started
+        self._size = max(2, min(_TOGETHER_AT_MOST, int(len(taken) * _TOGETHER_FOR / took)))
+        self._metrics.shared.labels(self.group, "applied").inc()
+        for each, span, outcome in zip(taken, spans, outcomes, strict=True):
+            span.set_attribute("care.outcome", outcome)
+            span.end()
+            self._count(each.event, each.record, outcome, took / len(taken))
+
+    async def _effects_together(
+        self, db: AsyncSession, taken: Sequence["_Waiting"], spans: list[Span], outcomes: list[str]
+    ) -> None:
+        ids = [uuid.UUID(each.event.id) for each in taken]
+        marks = {"group_name": self.group, "event_ids": ids, "types": [each.event.type for each in taken]}
+        connection = await db.connection()
+        fresh = {row.event_id: row.time for row in await connection.execute(_MARK_ALL, marks)}
+        marked = time.perf_counter()
+        db.info["together"] = True
+        for each, event_id in zip(taken, ids, strict=True):
+            spans.append(span := self._span(each.event, each.record))
+            if (then := fresh.get(event_id)) is None:
+                outcomes.append("already")
+                continue
+            db.info["record"], db.info["event"] = each.record, each.event
+            db.info["act"] = Act(self._actor, then + timedelta(seconds=time.perf_counter() - marked))
+            with _inside(span, end=False):
+                for reaction in each.registered:
+                    await reaction.function(each.payload, each.event, db)
+                await db.flush()  # here, so that what it tells is told by this act in this span
+            outcomes.append("applied")
 
     async def _effects(self, event: Event, registered: list[Registered], record: Record) -> str:
-        try:
-            payload = registered[0].payload.FromString(event.payload)
-        except DecodeError:
-            raise Unreadable("PAYLOAD_UNREADABLE") from None
-        if not knows_all_values(payload, registered[0].enums):
-            raise Unreadable("ENUM_VALUE_UNKNOWN")
+        payload = _payload(event, registered)
         if self._before is not None:
             await self._before(event)
         async with self._sessions() as db, db.begin():
@@ -422,10 +593,9 @@ class Consumer:
             offset=record.offset,
         )
 
-    @contextlib.contextmanager
-    def _span(self, event: Event, record: Record) -> Iterator[Span]:
+    def _span(self, event: Event, record: Record) -> Span:
         traceparent = event.traceparent or (record.header("traceparent") or b"").decode("latin-1")
-        with self._tracer.start_as_current_span(
+        return self._tracer.start_span(
             f"process {event.type}",
             context=context_from(traceparent),
             kind=SpanKind.CONSUMER,
@@ -439,10 +609,7 @@ class Consumer:
                 "care.event.id": event.id,
                 "care.event.type": event.type,
             },
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
-            yield span
+        )
 
     # -- replay --------------------------------------------------------------------------------------------------------
 
@@ -503,6 +670,37 @@ class Consumer:
             return "parked_again"
 
 
+class _Waiting(NamedTuple):
+    """A record that may share a transaction; one without a reaction is passed over."""
+
+    partition: Partition
+    record: Record
+    event: Event
+    registered: list[Registered]
+    payload: Payload | None
+
+
+def _payload(event: Event, registered: Sequence[Registered]) -> Payload:
+    try:
+        payload = registered[0].payload.FromString(event.payload)
+    except DecodeError:
+        raise Unreadable("PAYLOAD_UNREADABLE") from None
+    if not knows_all_values(payload, registered[0].enums):
+        raise Unreadable("ENUM_VALUE_UNKNOWN")
+    return payload
+
+
+def _inside(span: Span, *, end: bool) -> contextlib.AbstractContextManager[Span]:
+    return use_span(span, end_on_exit=end, record_exception=False, set_status_on_exception=False)
+
+
+def _tell_failure(span: Span, error: BaseException) -> None:
+    span.set_attribute("error.type", type(error).__name__)
+    if reason := reason_of(error):
+        span.set_attribute("care.reason", reason)
+    span.set_status(Status(SpanStatus.ERROR))
+
+
 def _is_unexpected(error: Exception) -> bool:
     """Whether it is more than a bus that is away, and so worth its frames in the log."""
     return not isinstance(error, BusUnavailable) or error.__cause__ is not None
@@ -522,6 +720,12 @@ class _Metrics:
         )
         self.settled = Counter(
             "care_consumer_events", "Events by what became of them.", ("group", "outcome"), registry=registry
+        )
+        self.shared = Counter(
+            "care_consumer_shared_transactions",
+            "Transactions of several events, by what became of them.",
+            ("group", "outcome"),
+            registry=registry,
         )
         self.retried = Counter("care_consumer_retries", "Tries again in place.", ("group", "error"), registry=registry)
         self.parked = Counter("care_consumer_parked", "Events parked.", ("group", "reason"), registry=registry)

@@ -17,6 +17,17 @@ class Registered(NamedTuple):
     payload: type[Message]
     function: Reaction[Any]
     enums: tuple["_EnumField", ...]
+    alone: bool
+
+
+class NotAlone(Exception):
+    """Other events share the transaction in which a reaction needs to be by itself; it is run again, alone."""
+
+
+def need_own_transaction(db: AsyncSession) -> None:
+    """Called by a reaction before it locks what only `alone` reactions may lock (see `Reactions`). Raises NotAlone."""
+    if db.info.get("together"):
+        raise NotAlone
 
 
 class Reactions:
@@ -24,13 +35,20 @@ class Reactions:
 
     A reaction gets the parsed payload, the envelope and the open session, whose `info` holds the bus's `record` and
     the `event`. It must bear any order, writes rows only, and calls no service and no provider.
+
+    Events of different patients share a transaction, and so its locks. Such a reaction locks only what belongs to its
+    event's patient, or to the event's aggregate where it is about no patient: rows that no transaction locks together
+    with another patient's, unless it passes over what is locked. Whoever locks anything else is registered as `alone`.
     """
 
     def __init__(self) -> None:
         self._by_type: dict[str, list[Registered]] = {}
 
-    def on(self, *types: str, payload: type[P]) -> Callable[[Reaction[P]], Reaction[P]]:
-        """Register the decorated function for event types such as `thing.changed`."""
+    def on(self, *types: str, payload: type[P], alone: bool = False) -> Callable[[Reaction[P]], Reaction[P]]:
+        """Register the decorated function for event types such as `thing.changed`.
+
+        `alone`: these events have a transaction of their own.
+        """
 
         def register(function: Reaction[P]) -> Reaction[P]:
             enums = tuple(_enum_fields(payload.DESCRIPTOR))
@@ -40,7 +58,7 @@ class Reactions:
                     raise ValueError(
                         f"{each} already has another payload: {registered[0].payload.DESCRIPTOR.full_name}"
                     )
-                registered.append(Registered(payload, function, enums))
+                registered.append(Registered(payload, function, enums, alone))
             return function
 
         return register

@@ -350,11 +350,13 @@ def _hear_access(reactions: Reactions) -> None:
     async def _subject(state: access_pb2.SubjectAccess, _event: Event, db: AsyncSession) -> None:
         await accesses.store_subject(db, db.info["runtime"].tables.access, state)
 
-    @reactions.on("staff.changed", "login.changed", payload=access_pb2.PrincipalState)
+    # It may drop another login's row, and that one's event this one's.
+    @reactions.on("staff.changed", "login.changed", payload=access_pb2.PrincipalState, alone=True)
     async def _principal(state: access_pb2.PrincipalState, _event: Event, db: AsyncSession) -> None:
         await accesses.hear_principal(db, db.info["runtime"].tables.access, state)
 
-    @reactions.on("role.changed", payload=access_pb2.RoleState)
+    # By name, which one role may have had before another.
+    @reactions.on("role.changed", payload=access_pb2.RoleState, alone=True)
     async def _role(state: access_pb2.RoleState, _event: Event, db: AsyncSession) -> None:
         await accesses.store_role(db, db.info["runtime"].tables.access, state)
 

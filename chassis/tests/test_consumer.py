@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from sqlalchemy import event as events
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -20,7 +22,7 @@ from chassis.bus import AppendRefused, BusUnavailable, MayLeave, Message, Record
 from chassis.bus.postgres import PostgresBus
 from chassis.consumer import Consumer, Retry, trim_inbox
 from chassis.errors import Unavailable
-from chassis.reactions import Reactions
+from chassis.reactions import Reactions, need_own_transaction
 from chassis.tests.telling import TRACEPARENT, Thing, event_of, message_of, metric
 from system.postgres import Postgres
 
@@ -410,6 +412,204 @@ async def test_a_record_with_headers_that_nobody_of_ours_wrote_blocks_nothing(
     consumer._stopping.set()
     assert await settling is (header == b"x")
     assert metric(consumer, "care_consumer_events_total", group=topic, outcome="parked") == (header == b"x")
+
+
+# -- events that share a transaction -----------------------------------------------------------------------------------
+
+
+def together(consumer: Consumer, topic: str, *told: Any) -> list[Any]:
+    """Events as they were read from partitions of their own."""
+    records = [Record(topic, n, 7, one.aggregate_id, one.SerializeToString(), (), 0) for n, one in enumerate(told)]
+    found = [consumer._fit((topic, record.partition), record) for record in records]
+    for record in records:
+        consumer._queues.setdefault((topic, record.partition), deque())
+    assert None not in found
+    return found
+
+
+async def test_a_backlog_is_applied_in_few_transactions_and_in_order_per_key(
+    thing: Thing, bus: Watched, topic: str
+) -> None:
+    commits = 0
+
+    @events.listens_for(thing.engine.sync_engine, "commit")
+    def count(_: Any) -> None:
+        nonlocal commits
+        commits += 1
+
+    keys = [f"k{n}" for n in range(200)]
+    for number in (1, 2, 3):
+        await bus.append(topic, [message_of(event_of(key, number)) for key in keys])
+    async with Running(thing.consumer(bus, topic, [topic])) as consumer:
+
+        async def settled() -> bool:
+            return metric(consumer, "care_consumer_events_total", group=topic, outcome="applied") == 600
+
+        await until(settled)
+        shared = metric(consumer, "care_consumer_shared_transactions_total", group=topic, outcome="applied")
+    assert commits < 600 / 8
+    assert shared <= commits
+    seen = await thing.seen()
+    assert {key: [number for name, number in seen if name == key] for key in keys} == {key: [1, 2, 3] for key in keys}
+    assert await committed(bus, topic) == 600
+    assert await thing.count("inbox") == 600
+
+
+async def test_of_events_that_wait_together_a_poisoned_one_is_parked_and_its_neighbours_have_one_effect(
+    thing: Thing, bus: Watched, topic: str
+) -> None:
+    hooks: list[int] = []
+
+    async def fails(_: Any) -> None:
+        raise ValueError("Jane Doe")
+
+    thing.troubles["k9"] = fails
+    await bus.append(topic, [message_of(event_of(f"k{n}", n)) for n in range(20)])
+    consumer = thing.consumer(bus, topic, [topic], applied=lambda event, _: hooks.append(event.version))
+    async with Running(consumer):
+        await effects(thing, 19)
+        (letter,) = await parked(bus, topic, 1)
+
+        async def settled() -> bool:
+            return await committed(bus, topic) == 20
+
+        await until(settled)
+    assert letter["key"] == "k9"
+    assert sorted(number for _, number in await thing.seen()) == [n for n in range(20) if n != 9] == sorted(hooks)
+    assert metric(consumer, "care_consumer_shared_transactions_total", group=topic, outcome="given_up") >= 1
+    assert metric(consumer, "care_consumer_events_total", group=topic, outcome="applied") == 19
+
+
+async def test_a_connection_lost_in_the_middle_leaves_nothing_and_counts_nothing(
+    thing: Thing, bus: Watched, topic: str
+) -> None:
+    hooks: list[int] = []
+    losses = 0
+
+    @thing.reactions.on("thing.changed", payload=Field)
+    async def lose(payload: Field, event: Any, db: AsyncSession) -> None:
+        nonlocal losses
+        if payload.number == 3 and not losses:
+            losses = 1
+            await db.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+    consumer = thing.consumer(bus, topic, [topic], applied=lambda event, _: hooks.append(event.version))
+    taken = together(consumer, topic, *(event_of(f"k{n}", n) for n in range(6)))
+    await consumer._settle_together(taken)
+    assert (losses, hooks, await thing.seen(), await thing.count("inbox")) == (1, [], [], 0)
+    assert metric(consumer, "care_consumer_events_total", group=topic, outcome="applied") == 0
+    assert not consumer._done
+    consumer._spread()  # each by itself now
+
+    async def applied() -> bool:
+        return len(hooks) == 6
+
+    await until(applied)
+    assert sorted(number for _, number in await thing.seen()) == sorted(hooks) == list(range(6))
+    assert set(consumer._done.values()) == {8}
+    assert metric(consumer, "care_consumer_shared_transactions_total", group=topic, outcome="applied") == 0
+
+
+async def test_members_that_share_their_events_or_their_rows_have_one_effect_each_and_never_wait_in_a_circle(
+    thing: Thing, bus: Watched, topic: str
+) -> None:
+    @thing.reactions.on("thing.changed", payload=Field)
+    async def lock(payload: Field, event: Any, db: AsyncSession) -> None:
+        await db.execute(text("SELECT pg_advisory_xact_lock(hashtext(:key))"), {"key": event.aggregate_id})
+        await asyncio.sleep(0.005)
+
+    first, second = (thing.consumer(bus, topic, [topic]) for _ in range(2))
+    twins = [event_of(f"k{n}", 1) for n in range(10)]
+    others = [event_of(f"k{n}", 2) for n in range(10)]
+    await asyncio.gather(
+        first._settle_together(together(first, topic, *twins)),
+        second._settle_together(together(second, topic, *reversed(twins))),
+        second._settle_together(together(second, topic, *reversed(others))),
+    )
+    assert sorted(await thing.seen()) == sorted((f"k{n}", number) for n in range(10) for number in (1, 2))
+    for consumer, shared in ((first, 1), (second, 2)):
+        labels = {"group": topic, "outcome": "applied"}
+        assert metric(consumer, "care_consumer_shared_transactions_total", **labels) == shared
+    already = [metric(one, "care_consumer_events_total", group=topic, outcome="already") for one in (first, second)]
+    assert sorted(already) == [0, 10]
+
+
+async def test_events_of_one_patient_or_one_aggregate_share_no_transaction(
+    thing: Thing, bus: Watched, topic: str
+) -> None:
+    consumer = thing.consumer(bus, topic, [topic])
+    one, other = (str(uuid.uuid4()) for _ in range(2))
+    event = event_of("a", 1, patient_id=one)
+    waiting = [event, event, event_of("b", 1, patient_id=one), event_of("a", 2, patient_id=other), event_of("c", 1)]
+    together(consumer, topic, *waiting)
+    for n, each in enumerate(waiting):
+        record = Record(topic, n, 7, each.aggregate_id, each.SerializeToString(), (), 0)
+        consumer._queues[(topic, n)].append(record)
+    taken = consumer._take(list(consumer._queues))
+    assert [(each.event.aggregate_id, each.partition[1]) for each in taken] == [("a", 0), ("c", 4)]
+
+
+async def test_a_reaction_that_must_be_alone_is(thing: Thing, bus: Watched, topic: str) -> None:
+    shared: dict[str, bool] = {}
+    reactions = Reactions()
+
+    async def note(payload: Field, event: Any, db: AsyncSession) -> None:
+        if event.aggregate_id == "k5":
+            need_own_transaction(db)
+        shared[event.aggregate_id] = bool(db.info.get("together"))
+        await thing.write_effect(payload, event, db)
+
+    reactions.on("thing.changed", payload=Field)(note)
+    reactions.on("thing.locked", payload=Field, alone=True)(note)
+    await bus.append(
+        topic,
+        [message_of(event_of(f"k{n}", n, type="thing.locked" if n % 3 == 0 else "thing.changed")) for n in range(40)],
+    )
+    async with Running(thing.consumer(bus, topic, [topic], reactions=reactions)):
+        await effects(thing, 40)
+    assert not any(shared[f"k{n}"] for n in (5, *range(0, 40, 3)))
+    assert sorted(number for _, number in await thing.seen()) == list(range(40))
+
+
+async def test_a_shared_transaction_waits_for_no_row_for_long(thing: Thing, bus: Watched, topic: str) -> None:
+    @thing.reactions.on("thing.changed", payload=Field)
+    async def lock(payload: Field, event: Any, db: AsyncSession) -> None:
+        await db.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": payload.number})
+
+    consumer = thing.consumer(bus, topic, [topic])
+    async with thing.engine.connect() as connection:
+        await connection.execute(text("SELECT pg_advisory_xact_lock(2)"))
+        async with asyncio.timeout(2):
+            await consumer._settle_together(together(consumer, topic, *(event_of(f"k{n}", n) for n in range(4))))
+        assert await thing.seen() == []
+    consumer._spread()
+    await effects(thing, 4)
+
+
+async def test_each_event_that_shared_a_transaction_has_its_own_span(thing: Thing, bus: Watched, topic: str) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    consumer = thing.consumer(bus, topic, [topic], tracer=provider.get_tracer("test"))
+    traces = [f"{n + 1:032x}" for n in range(3)]
+    told = [event_of(f"k{n}", n, traceparent=f"00-{trace}-b7ad6b7169203331-01") for n, trace in enumerate(traces)]
+    await consumer._settle_together(together(consumer, topic, *told))
+    spans = exporter.get_finished_spans()
+    assert [f"{span.context.trace_id:032x}" for span in spans] == traces
+    assert {(span.attributes or {})["care.outcome"] for span in spans} == {"applied"}
+    exporter.clear()
+
+    async def fails(_: Any) -> None:
+        raise ValueError("Jane Doe")
+
+    thing.troubles["k1"] = fails
+    await consumer._settle_together(together(consumer, topic, *(event_of(f"k{n}", n) for n in range(3))))
+    spans = exporter.get_finished_spans()
+    assert [span.status.is_ok for span in spans] == [True, False]
+    assert {(span.attributes or {})["care.outcome"] for span in spans} == {"given_up"}
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------------
 
 
 async def test_old_marks_are_trimmed(thing: Thing, bus: Watched, topic: str) -> None:

@@ -1,20 +1,30 @@
 """Rows that tell: versions, order, history, what is lost with a rollback, and how few statements a write takes."""
 
 import enum
+from collections import deque
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import pytest
 from care.events.v1.envelope_pb2 import Event
 from care.patients.v1 import events_pb2
+from google.protobuf.type_pb2 import Field
+from opentelemetry.sdk.trace import TracerProvider
+from prometheus_client import CollectorRegistry
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
 
+from chassis.bus import Record
+from chassis.consumer import Consumer
 from chassis.errors import FailedPrecondition, Invalid
 from chassis.ids import new_id
 from chassis.lifecycle import Lifecycle
+from chassis.reactions import Reactions
 from chassis.tests.small import ALL, Small, TaskStatus, models
+from chassis.tests.telling import LOG, event_of
 
 
 @pytest.fixture
@@ -175,6 +185,59 @@ async def test_events_of_one_transaction_keep_the_order_in_which_they_were_told(
     assert versions == {"task.first3": 2, "task.third": 3}
     ((version,),) = await still.sql("SELECT version FROM task WHERE id = :id", id=tasks[3].id)
     assert version == 3
+
+
+async def test_what_events_that_share_a_transaction_make_is_told_by_each_ones_act_in_its_trace(still: Small) -> None:
+    reactions, woken = Reactions(), list[str]()
+
+    @reactions.on("thing.changed", payload=Field)
+    async def tell(payload: Field, event: Event, db: AsyncSession) -> None:
+        pool = still.models.Pool(id=event.aggregate_id, tenant_id=still.harness.tenant_id, name=new_id(), purpose="")
+        pool.tell("changed")
+        db.add(pool)
+        db.info.setdefault("wakes", {})[event.aggregate_id] = lambda: woken.append(event.aggregate_id)
+        if payload.number == 9:
+            raise ZeroDivisionError
+
+    consumer = Consumer(
+        still.server.bus,
+        "sharing",
+        [],
+        reactions,
+        still.server.database.sessions,
+        tracer=TracerProvider().get_tracer("test"),
+        registry=CollectorRegistry(),
+        log=LOG,
+        actor="system:referrals",
+    )
+
+    def waiting(*numbers: int) -> list[Any]:
+        traces = [f"00-{number:032x}-b7ad6b7169203331-01" for number in numbers]
+        events = [event_of(new_id(), n, traceparent=trace) for n, trace in zip(numbers, traces, strict=True)]
+        records = [Record("x", e.version, 0, e.aggregate_id, e.SerializeToString(), (), 0) for e in events]
+        return [consumer._fit(("x", record.partition), record) for record in records]
+
+    given_up = waiting(1, 9)
+    for each in given_up:
+        consumer._queues[each.partition] = deque()
+    await consumer._settle_together(given_up)
+    assert (await outbox(still), woken) == ([], [])
+    taken = waiting(2, 3, 4)
+    await consumer._settle_together(taken)
+    told = await outbox(still)
+    assert sorted(woken) == [one.aggregate_id for one in told] == sorted(each.event.aggregate_id for each in taken)
+    traces = {each.event.aggregate_id: each.event.traceparent.split("-")[1] for each in taken}
+    assert all(one.traceparent.split("-")[1] == traces[one.aggregate_id] for one in told)
+    assert len({one.traceparent for one in told}) == 3
+    assert {one.actor for one in told} == {"system:referrals"}
+    rows = await still.sql("SELECT id, update_time FROM pool WHERE id = ANY(:ids)", ids=[*map(UUID, traces)])
+    assert {str(row.id): row.update_time.replace(tzinfo=None) for row in rows} == {
+        one.aggregate_id: one.time.ToDatetime() for one in told
+    }
+    assert len({row.update_time for row in rows}) == 3
+    assert [row.traceparent for row in await still.sql("SELECT traceparent FROM outbox ORDER BY id")] == [
+        one.traceparent for one in told
+    ]
 
 
 async def test_the_version_of_an_event_is_the_rows_own(still: Small) -> None:

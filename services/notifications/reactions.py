@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from chassis import policies
 from chassis.ids import new_id
 from chassis.projections import keep_state
-from chassis.reactions import Reactions
+from chassis.reactions import Reactions, need_own_transaction
 from chassis.telemetry import current_traceparent
 from chassis.timers import wake_after_commit
 from chassis.wire import plain, to_time
@@ -90,10 +90,9 @@ async def keep_visit_type(state: VisitTypeState, event: Event, db: AsyncSession)
     )
 
 
+# What these take back the send loop may have locked, together with other patients' messages that it waits for.
 @reactions.on(
-    "appointment.booked",
     "appointment.rescheduled",
-    "appointment.confirmed",
     "appointment.arrived",
     "appointment.checked_in",
     "appointment.fulfilled",
@@ -102,7 +101,9 @@ async def keep_visit_type(state: VisitTypeState, event: Event, db: AsyncSession)
     "appointment.reverted",
     "appointment.entered_in_error",
     payload=AppointmentEvent,
+    alone=True,
 )
+@reactions.on("appointment.booked", "appointment.confirmed", payload=AppointmentEvent)
 async def follow_visit(visit: AppointmentEvent, event: Event, db: AsyncSession) -> None:
     """Planning is a projection: the newest state decides what stands in the ledger, an older event plans nothing."""
     row = await visit_row(db, event.tenant_id, visit.id, event.patient_id)
@@ -125,7 +126,8 @@ async def follow_visit(visit: AppointmentEvent, event: Event, db: AsyncSession) 
     wake_after_commit(db, SEND_LOOP)
 
 
-@reactions.on("patient.registered", "patient.updated", "patient.deceased", payload=PatientEvent)
+@reactions.on("patient.updated", "patient.deceased", payload=PatientEvent, alone=True)
+@reactions.on("patient.registered", payload=PatientEvent)
 async def follow_death(patient: PatientEvent, event: Event, db: AsyncSession) -> None:
     """Nobody deceased is written to; what is in hand already is stopped by the last check.
 
@@ -135,6 +137,7 @@ async def follow_death(patient: PatientEvent, event: Event, db: AsyncSession) ->
     dead = event.type == "patient.deceased" or patient.deceased
     if not dead and (event.type == "patient.registered" or not patient.HasField("deceased")):
         return  # nothing is older than a registration; an event without the field doesn't say
+    need_own_transaction(db)
     if not await keep_state(db, Patient, event, deceased=dead):
         return
     theirs = select(Reminder).where(Reminder.tenant_id == event.tenant_id, Reminder.patient_id == patient.id)
@@ -238,6 +241,7 @@ async def _revoke(db: AsyncSession, row: Appointment, reason: str, event: Event)
 
     What left after the change was committed is counted: inside the one second that RULES F grants, a correction follows.
     """
+    need_own_transaction(db)
     active = (
         select(Reminder)
         .where(
@@ -275,6 +279,7 @@ async def _revoke(db: AsyncSession, row: Appointment, reason: str, event: Event)
 
 
 async def _restore(db: AsyncSession, row: Appointment) -> None:
+    need_own_transaction(db)
     revoked = (
         select(Reminder)
         .where(

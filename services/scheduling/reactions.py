@@ -7,14 +7,15 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from chassis.projections import keep_newer
-from chassis.reactions import Reactions
+from chassis.reactions import Reactions, need_own_transaction
 from services.scheduling import occupancy
 from services.scheduling.appointment import DECEASED, Appointment, DeceasedPatient, PatientVersion, Status
 
 reactions = Reactions()
 
 
-@reactions.on("patient.registered", "patient.updated", "patient.deceased", payload=patients.PatientEvent)
+@reactions.on("patient.deceased", payload=patients.PatientEvent, alone=True)
+@reactions.on("patient.registered", "patient.updated", payload=patients.PatientEvent)
 async def follow_death(patient: patients.PatientEvent, event: Event, db: AsyncSession) -> None:
     """Who has died is a projection: the newest state decides, and an older event changes nothing.
 
@@ -40,8 +41,9 @@ async def _stop_visits(patient: patients.PatientEvent, event: Event, db: AsyncSe
     """Nothing more is booked, and what lies ahead is cancelled.
 
     The patient's row is locked against bookings under way: each has either committed, and is cancelled here, or finds
-    the patient dead when it takes its time.
+    the patient dead when it takes its time. What the visits occupied is locked by other patients' bookings, too.
     """
+    need_own_transaction(db)
     subject = db.info["runtime"].tables.access.subject
     await db.execute(
         select(subject.c.patient_id)
