@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from chassis.bus import AppendRefused, BusUnavailable, MayLeave, Message, Record
 from chassis.bus.postgres import PostgresBus
-from chassis.consumer import Consumer, Retry, trim_inbox
+from chassis.consumer import _MARK_ALL, Consumer, Retry, trim_inbox
 from chassis.errors import Unavailable
 from chassis.reactions import Reactions, need_own_transaction
 from chassis.tests.telling import TRACEPARENT, Thing, event_of, message_of, metric
@@ -428,8 +428,9 @@ def together(consumer: Consumer, topic: str, *told: Any) -> list[Any]:
 
 
 async def test_a_backlog_is_applied_in_few_transactions_and_in_order_per_key(
-    thing: Thing, bus: Watched, topic: str
+    thing: Thing, bus: Watched, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("chassis.consumer._TOGETHER_FOR", 60.0)  # however slow this machine is now
     commits = 0
 
     @events.listens_for(thing.engine.sync_engine, "commit")
@@ -511,8 +512,11 @@ async def test_a_connection_lost_in_the_middle_leaves_nothing_and_counts_nothing
 
 
 async def test_members_that_share_their_events_or_their_rows_have_one_effect_each_and_never_wait_in_a_circle(
-    thing: Thing, bus: Watched, topic: str
+    thing: Thing, bus: Watched, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    patient = text(_MARK_ALL.text.replace("'250'", "'10000'"))  # however slow this machine is now
+    monkeypatch.setattr("chassis.consumer._MARK_ALL", patient)
+
     @thing.reactions.on("thing.changed", payload=Field)
     async def lock(payload: Field, event: Any, db: AsyncSession) -> None:
         await db.execute(text("SELECT pg_advisory_xact_lock(hashtext(:key))"), {"key": event.aggregate_id})
