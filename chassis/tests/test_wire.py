@@ -104,6 +104,16 @@ def test_an_optional_field_that_is_set_to_its_default_is_given() -> None:
     assert given(staff_pb2.Pool(active=False), FieldMask(paths=["active"])) == {"active": False}
 
 
+def test_what_json_holds_beside_the_fields_is_passed_over() -> None:
+    step = {"action": "assign", "reason_code": None, "time": NOW.isoformat(), "left_behind": {"by": ["an", "older"]}}
+    owner = {"type": "Staff", "id": 7}
+    built = to_proto({"history": [step], "owner": owner, "priority": "77", "version": 4}, tasks_pb2.Task)
+    assert (built.history[0].action, built.history[0].reason_code) == ("assign", "")
+    assert to_time(built.history[0].time) == NOW
+    assert (built.owner.type, built.owner.id, built.priority, built.etag) == ("Staff", "7", 77, etag_of(4))
+    assert step["time"] == NOW.isoformat()  # the source stays as it was
+
+
 def test_times_keep_their_microseconds_and_become_utc() -> None:
     eastern = NOW.astimezone(ZoneInfo("America/New_York"))
     for value in (eastern, eastern.isoformat(), NOW):
