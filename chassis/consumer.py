@@ -514,8 +514,7 @@ class Consumer:
     ) -> None:
         ids = [uuid.UUID(each.event.id) for each in taken]
         marks = {"group_name": self.group, "event_ids": ids, "types": [each.event.type for each in taken]}
-        connection = await db.connection()
-        fresh = {row.event_id: row.time for row in await connection.execute(_MARK_ALL, marks)}
+        fresh = {row.event_id: row.time for row in await db.execute(_MARK_ALL, marks)}
         marked = time.perf_counter()
         db.info["together"] = True
         for each, event_id in zip(taken, ids, strict=True):
@@ -537,13 +536,13 @@ class Consumer:
             await self._before(event)
         async with self._sessions() as db, db.begin():
             try:
-                connection = await db.connection()
+                await db.connection()
             except Exception as error:
                 raise NoConnection from error
             db.info["record"], db.info["event"] = record, event
             # A twin in another member's open transaction makes this wait for its end: first come, one effect.
             mark = {"group_name": self.group, "event_id": event.id, "type": event.type}
-            if (fresh := (await connection.execute(_MARK, mark)).first()) is None:
+            if (fresh := (await db.execute(_MARK, mark)).first()) is None:
                 return "already"
             db.info["act"] = Act(self._actor, fresh.time)
             for each in registered:

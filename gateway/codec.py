@@ -72,7 +72,11 @@ def _fraction(nanos: int) -> str:
 
 def _encode_timestamp(value: Any) -> str:
     nanos = value.nanos
-    return f"{_second(value.seconds)}{_fraction(nanos)}Z" if nanos else f"{_second(value.seconds)}Z"
+    if not nanos:
+        return f"{_second(value.seconds)}Z"
+    micros, rest = divmod(nanos, 1000)
+    # Mostly microseconds of a database's clock.
+    return f"{_second(value.seconds)}{_fraction(nanos) if rest or not micros % 1000 else f'.{micros:06d}'}Z"
 
 
 def _encode_duration(value: Any) -> str:
@@ -124,30 +128,30 @@ _WELL_KNOWN_OUT: Final[Mapping[str, Callable[[Any], Any]]] = {
 }
 
 
-class Encoder:
-    """Makes JSON-ready dicts of one message type: `encoder(message)`."""
+def _encoder(kind: Descriptor, encoders: Callable[[Descriptor], Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """Makes JSON-ready dicts of one message type."""
+    # By descriptor: ListFields hands these very objects out. Compiled when it is first needed: a message may hold itself.
+    fields: dict[FieldDescriptor, tuple[str, Callable[[Any], Any] | None]] = {}
 
-    def __init__(self, kind: Descriptor) -> None:
-        self.kind = kind
-        # By descriptor: ListFields hands these very objects out.
-        self._fields: dict[FieldDescriptor, tuple[str, Callable[[Any], Any] | None]] = {}
-
-    def compile(self, encoders: Callable[[Descriptor], Callable[[Any], Any]]) -> None:
-        for field in self.kind.fields:
+    def prepare() -> None:
+        for field in kind.fields:
             one = _field_out(field, encoders)
             if is_map(field):
                 one = _map_out(field, encoders)
             elif field.is_repeated:
                 one = _list_out(one)
-            self._fields[field] = field.json_name, one
+            fields[field] = field.json_name, one
 
-    def __call__(self, message: Message) -> dict[str, Any]:
-        fields = self._fields
+    def encode(message: Message) -> dict[str, Any]:
+        if not fields:
+            prepare()
         out: dict[str, Any] = {}
         for field, value in message.ListFields():
             name, convert = fields[field]
             out[name] = value if convert is None else convert(value)
         return out
+
+    return encode
 
 
 def _list_out(one: Callable[[Any], Any] | None) -> Callable[[Any], list[Any]]:
@@ -464,9 +468,7 @@ class Codec:
         _refuse_strange(kind)
         known = _WELL_KNOWN_OUT.get(kind.full_name) or self._encoders.get(kind.full_name)
         if known is None:
-            made = Encoder(kind)
-            self._encoders[kind.full_name] = known = made  # before compiling: a message may hold itself
-            made.compile(self.encoder)
+            known = self._encoders[kind.full_name] = _encoder(kind, self.encoder)
         return known
 
     def decoder(self, kind: Descriptor) -> Fill:

@@ -49,6 +49,7 @@ BY_REASON: Final[Mapping[str, int]] = {
 # The code counts too, since some of these reasons also name a wrong argument or a missing right.
 CONFLICTS: Final = frozenset(
     {
+        "ADMIN_NEEDED",
         "CLINIC_UNKNOWN",
         "CLINIC_WITHOUT_ZONE",
         "HOLD_EXPIRED",
