@@ -270,7 +270,8 @@ def verify(
 
         file = settings.service_keys_file
         keys = KeySet.import_key_set(json.loads(file.read_text())) if file and file.exists() else None
-        database = engine(settings, application="audit")
+        # It ends with one statement over the whole audit.
+        database = engine(settings.model_copy(update={"statement_timeout": 3600.0}), application="audit")
         try:
             verdict = await walk(database, settings.audit_checkpoint_file, keys)
         finally:
