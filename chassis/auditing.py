@@ -1,18 +1,19 @@
-"""The audit's seal: rows are chained by hash after the fact, so that a changed, removed or forked one shows."""
+"""The audit's seals: batches of rows are chained by hash after the fact, so that a changed, removed or forked one shows."""
 
 import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from care.audit.v1 import audit_pb2
 from joserfc import jws
 from joserfc.errors import JoseError
 from joserfc.jwk import KeySet, OKPKey
-from sqlalchemy import ARRAY, BigInteger, LargeBinary, Text, Uuid, bindparam, text
+from sqlalchemy import Text, Uuid, bindparam, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from chassis.call import Call
@@ -24,53 +25,65 @@ from chassis.wire import to_proto
 
 GENESIS = hashlib.sha256(b"care audit").digest()
 _BATCH = 1000
-# The canonical bytes of a row: every column that tells something, times in microseconds as PostgreSQL keeps them.
-_ROW = """
-jsonb_build_array(id, tenant_id, floor(extract(epoch FROM time) * 1000000)::bigint, actor, on_behalf_of, method,
-  permission, purpose, subject_ids, outcome, trace_id)::text
+_REMOVED = bytes(32)
+# The digest of a row: over every column that tells something, times in microseconds as PostgreSQL keeps them. Zeros where
+# there is no row any more.
+_DIGEST = """
+CASE WHEN audit.id IS NULL THEN decode(repeat('00', 32), 'hex') ELSE sha256(convert_to(json_build_array(
+  audit.id, audit.tenant_id, floor(extract(epoch FROM audit.time) * 1000000)::bigint, audit.actor, audit.on_behalf_of,
+  audit.method, audit.permission, audit.purpose, audit.subject_ids, audit.outcome, audit.trace_id)::text, 'UTF8')) END
 """
-_UNSEALED = text(f"SELECT id, {_ROW} AS body FROM audit WHERE seal IS NULL ORDER BY id LIMIT {_BATCH}")
-_WAITING = text("SELECT 1 FROM audit WHERE seal IS NULL LIMIT 1")
-_SEALED = text(
-    f"SELECT seal, hash, {_ROW} AS body FROM audit WHERE seal > :after AND seal IS NOT NULL ORDER BY seal LIMIT {_BATCH}"
+_WAITING = text("SELECT 1 FROM audit_open LIMIT 1")
+# By itself, so that the next statement sees what whoever held the head before has done.
+_LOCK = text("SELECT 1 FROM audit_head WHERE name = 'audit' FOR UPDATE")
+_SEAL = text(f"""
+WITH taken AS (
+  DELETE FROM audit_open WHERE ctid = ANY (ARRAY(SELECT ctid FROM audit_open LIMIT {_BATCH})) RETURNING id
+), batch AS (
+  SELECT array_agg(taken.id ORDER BY taken.id) AS ids, string_agg(uuid_send(taken.id), ''::bytea ORDER BY taken.id) AS plain,
+    string_agg({_DIGEST}, ''::bytea ORDER BY taken.id) AS digests, count(*) AS rows, count(*) - count(audit.id) AS removed
+    FROM taken LEFT JOIN audit ON audit.id = taken.id
+), sealed AS (
+  INSERT INTO audit_seal (seal, rows, ids, digests, hash)
+  SELECT head.seal + 1, coalesce(last.rows, 0) + batch.rows, batch.ids, batch.digests,
+    sha256(head.hash || int8send(head.seal + 1) || batch.plain || batch.digests)
+    FROM batch, audit_head AS head LEFT JOIN audit_seal AS last ON last.seal = head.seal
+   WHERE head.name = 'audit' AND batch.rows > 0
+  RETURNING seal, rows, hash
+), moved AS (
+  UPDATE audit_head SET seal = sealed.seal, hash = sealed.hash FROM sealed WHERE audit_head.name = 'audit'
 )
-_HEAD = text("SELECT seal, hash FROM audit_head WHERE name = 'audit' FOR UPDATE")
-_SEAL = text(
-    "UPDATE audit SET seal = new.seal, hash = new.hash"
-    " FROM unnest(:ids, :seals, :hashes) AS new(id, seal, hash) WHERE audit.id = new.id AND audit.seal IS NULL"
-).bindparams(
-    bindparam("ids", type_=ARRAY(Uuid(as_uuid=False))),
-    bindparam("seals", type_=ARRAY(BigInteger)),
-    bindparam("hashes", type_=ARRAY(LargeBinary)),
-)
-# Run as part of the schema: what is written stays, but for the seal, once.
-GUARD = (
-    """
-CREATE FUNCTION audit_guard() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-  IF TG_OP = 'UPDATE' AND OLD.seal IS NULL AND NEW.seal IS NOT NULL
-     AND to_jsonb(OLD) - 'seal' - 'hash' = to_jsonb(NEW) - 'seal' - 'hash' THEN
-    RETURN NEW;
-  END IF;
-  RAISE EXCEPTION 'audit rows stay as they are' USING ERRCODE = 'restrict_violation';
-END $$
-""",
-    "CREATE TRIGGER audit_guard BEFORE UPDATE OR DELETE ON audit FOR EACH ROW EXECUTE FUNCTION audit_guard()",
-    "CREATE TRIGGER audit_guard_all BEFORE TRUNCATE ON audit FOR EACH STATEMENT EXECUTE FUNCTION audit_guard()",
-    "INSERT INTO audit_head (name, seal, hash) VALUES ('audit', 0, decode('" + GENESIS.hex() + "', 'hex'))",
-)
+SELECT sealed.seal, sealed.rows, sealed.hash, batch.rows AS taken, batch.removed FROM sealed, batch
+""")
+_SEALS = text(f"""
+SELECT one.seal, one.rows, one.digests, one.hash, there.ids, there.digests AS found, there.removed
+  FROM (SELECT seal, rows, ids, digests, hash FROM audit_seal WHERE seal > :after ORDER BY seal LIMIT 10) AS one,
+    LATERAL (
+      SELECT string_agg(uuid_send(named.id), ''::bytea ORDER BY named.place) AS ids,
+        string_agg({_DIGEST}, ''::bytea ORDER BY named.place) AS digests, count(*) - count(audit.id) AS removed
+        FROM unnest(one.ids) WITH ORDINALITY AS named (id, place) LEFT JOIN audit ON audit.id = named.id
+    ) AS there
+ ORDER BY one.seal
+""")
+_REST = text("""
+SELECT (SELECT count(*) FROM audit_open) AS unsealed,
+  (SELECT id FROM audit_open WHERE NOT EXISTS (SELECT FROM audit WHERE audit.id = audit_open.id) LIMIT 1) AS removed,
+  (SELECT count(*) FROM audit WHERE NOT EXISTS (SELECT FROM audit_open WHERE audit_open.id = audit.id) AND NOT EXISTS (
+    SELECT FROM audit_seal, unnest(ids) AS sealed (id) WHERE sealed.id = audit.id)) AS bare
+""")
 
 
-def link(previous: bytes, seal: int, body: str) -> bytes:
-    """The hash of a row in the chain."""
-    return hashlib.sha256(previous + seal.to_bytes(8, "big") + body.encode()).digest()
+def link(previous: bytes, seal: int, ids: bytes, digests: bytes) -> bytes:
+    """The hash of a seal: 16 bytes an id, 32 bytes a row's digest, in one order."""
+    return hashlib.sha256(previous + seal.to_bytes(8, "big") + ids + digests).digest()
 
 
 class Sealer:
-    """Chains unsealed rows, in batches at most a second apart, and signs the head into a file outside the database.
+    """Seals batches of rows at most a second apart, and signs the head into a file outside the database.
 
-    It takes what is unsealed, never what lies behind a cursor: rows commit out of order. A head lock inside request
-    transactions would cost two thirds of the bookings, and without any lock a chain forks.
+    It takes what `audit_open` holds, never what lies behind a cursor: rows commit out of order. A head lock inside request
+    transactions would cost two thirds of the bookings, and without any lock a chain forks. Rows stay untouched: a seal
+    in each of them would give every index a second entry.
     """
 
     def __init__(self, engine: AsyncEngine, settings: Settings, telemetry: Telemetry) -> None:
@@ -112,30 +125,21 @@ class Sealer:
     async def seal(self) -> int:
         """Seal one batch; answers how many rows."""
         async with self._engine.begin() as connection:
-            head = (await connection.execute(_HEAD)).one()
-            rows = (await connection.execute(_UNSEALED)).all()
-            if not rows:
-                return 0
-            seal, previous = head.seal, bytes(head.hash)
-            seals, hashes = [], []
-            for row in rows:
-                seal += 1
-                previous = link(previous, seal, row.body)
-                seals.append(seal)
-                hashes.append(previous)
-            await connection.execute(_SEAL, {"ids": [str(row.id) for row in rows], "seals": seals, "hashes": hashes})
-            await connection.execute(
-                text("UPDATE audit_head SET seal = :seal, hash = :hash WHERE name = 'audit'"),
-                {"seal": seal, "hash": previous},
-            )
-        self._checkpoint(seal, previous)
-        return len(rows)
+            (await connection.execute(_LOCK)).one()
+            sealed = (await connection.execute(_SEAL)).first()
+        if sealed is None:
+            return 0
+        if sealed.removed:
+            self._log.error("audit rows were removed before they were sealed", rows=sealed.removed)
+        self._checkpoint(sealed.seal, sealed.rows, sealed.hash)
+        taken: int = sealed.taken
+        return taken
 
-    def _checkpoint(self, seal: int, head: bytes) -> None:
+    def _checkpoint(self, seal: int, rows: int, head: bytes) -> None:
         if self._checkpoints is None or self._key_file is None:
             return
         key = OKPKey.import_key(json.loads(self._key_file.read_text()))
-        claim = json.dumps({"service": self._service, "seal": seal, "hash": head.hex()}).encode()
+        claim = json.dumps({"service": self._service, "seal": seal, "rows": rows, "hash": head.hex()}).encode()
         header = {"alg": "Ed25519", "kid": self._service}
         signed = jws.serialize_compact(header, claim, key, algorithms=["Ed25519"])
         with self._checkpoints.open("a") as file:
@@ -143,7 +147,7 @@ class Sealer:
 
 
 class Verdict(NamedTuple):
-    """What a check of the chain found. `broken` says what is wrong, with the seal where it begins."""
+    """What a check of the chain found: sealed and unsealed rows, checkpoints met. `broken` says what is wrong first."""
 
     rows: int
     unsealed: int
@@ -152,46 +156,74 @@ class Verdict(NamedTuple):
 
 
 async def verify(engine: AsyncEngine, checkpoints: Path | None = None, keys: KeySet | None = None) -> Verdict:
-    """Walk the chain from its beginning and compare it with the signed checkpoints."""
-    wanted: dict[int, bytes] = {}
+    """Walk the chain from its beginning and compare it with the rows and with the signed checkpoints.
+
+    The last statement reads all ids of the audit at once: minutes, where there are a hundred million.
+    """
+    wanted: dict[int, tuple[int, bytes]] = {}
+    line = 1
     try:
-        for signed, digest in _read_checkpoints(checkpoints, keys):
-            if wanted.setdefault(signed, digest) != digest:
-                return Verdict(0, 0, 0, f"two chains were signed at {signed}: it was forked")
+        for signed in _read_checkpoints(checkpoints, keys):
+            if signed is not None and wanted.setdefault(signed[0], signed[1:]) != signed[1:]:
+                return Verdict(0, 0, 0, f"two chains were signed at {signed[0]}: it was forked")
+            line += 1
     except (JoseError, ValueError, KeyError, TypeError):
-        return Verdict(0, 0, 0, f"checkpoint {len(wanted) + 1} is not one that the service signed")
-    met = 0
+        return Verdict(0, 0, 0, f"checkpoint {line} is not one that the service signed")
     # One snapshot, taken after the file was read: what is sealed meanwhile is no gap.
     async with engine.execution_options(isolation_level="REPEATABLE READ").connect() as connection:
-        seal, previous = 0, GENESIS
-        while rows := (await connection.execute(_SEALED, {"after": seal})).all():
-            for row in rows:
-                if row.seal != seal + 1:
-                    return Verdict(seal, 0, met, f"row {seal + 1} is missing")
-                previous = link(previous, row.seal, row.body)
-                if previous != bytes(row.hash):
-                    return Verdict(seal, 0, met, f"row {row.seal} was changed")
-                seal = row.seal
+        seal, rows, met, previous = 0, 0, 0, GENESIS
+        while seals := (await connection.execute(_SEALS, {"after": seal})).all():
+            for one in seals:
+                if broken := _fault(one, seal, rows, previous):
+                    return Verdict(rows, 0, met, broken)
+                seal, rows, previous = one.seal, one.rows, one.hash
                 if seal in wanted:
-                    if wanted.pop(seal) != previous:
-                        return Verdict(seal, 0, met, f"the chain up to {seal} is another than the one that was signed")
+                    if wanted.pop(seal) != (rows, previous):
+                        return Verdict(rows, 0, met, f"the chain up to {seal} is another than the one that was signed")
                     met += 1
         if wanted:
-            return Verdict(seal, 0, met, f"the chain ends at {seal}, signed was {max(wanted)}")
-        return await _ends(connection, seal, previous, met)
+            return Verdict(rows, 0, met, f"the chain ends at {seal}, signed was {max(wanted)}")
+        unsealed, broken = await _end(connection, seal, previous)
+        return Verdict(rows, unsealed, met, broken)
 
 
-async def _ends(connection: AsyncConnection, seal: int, previous: bytes, met: int) -> Verdict:
+def _fault(one: Any, seal: int, rows: int, previous: bytes) -> str:
+    """What is wrong with the seal that follows `seal`, "" for nothing."""
+    if one.seal != seal + 1:
+        return f"seal {seal + 1} is missing"
+    ids, found = one.ids or b"", one.found or b""
+    count = len(ids) // 16
+    # Without the lengths, what belongs to the ids could be taken for digests.
+    whole = len(one.digests) == len(found) == 32 * count and one.rows == rows + count
+    if not whole or link(previous, one.seal, ids, one.digests) != one.hash:
+        return f"seal {one.seal} was changed"
+    if one.removed or found != one.digests:
+        for place in range(count):
+            here = slice(32 * place, 32 * place + 32)
+            if found[here] == _REMOVED or found[here] != one.digests[here]:
+                row = UUID(bytes=ids[16 * place : 16 * place + 16])
+                return f"row {row} is missing" if found[here] == _REMOVED else f"row {row} was changed"
+    return ""
+
+
+async def _end(connection: AsyncConnection, seal: int, previous: bytes) -> tuple[int, str]:
+    """How many rows are not sealed yet, and what is wrong behind the last seal, "" for nothing."""
     head = (await connection.execute(text("SELECT seal, hash FROM audit_head WHERE name = 'audit'"))).first()
-    unsealed = (await connection.execute(text("SELECT count(*) FROM audit WHERE seal IS NULL"))).scalar_one()
-    if head is None or head.seal < seal or (head.seal == seal and bytes(head.hash) != previous):
-        return Verdict(seal, unsealed, met, "the head is not the chain's")
-    if head.seal > seal:
-        return Verdict(seal, unsealed, met, f"row {seal + 1} is missing")
-    return Verdict(seal, unsealed, met)
+    rest = (await connection.execute(_REST)).one()
+    broken = ""
+    if head is None or head.seal < seal or (head.seal == seal and head.hash != previous):
+        broken = "the head is not the chain's"
+    elif head.seal > seal:
+        broken = f"seal {seal + 1} is missing"
+    elif rest.removed is not None:
+        broken = f"row {rest.removed} is missing"
+    elif rest.bare:
+        broken = f"{rest.bare} rows stand under no seal"
+    return rest.unsealed, broken
 
 
-def _read_checkpoints(file: Path | None, keys: KeySet | None) -> Iterable[tuple[int, bytes]]:
+def _read_checkpoints(file: Path | None, keys: KeySet | None) -> Iterator[tuple[int, int, bytes] | None]:
+    """Seal, rows and hash of each line; None for one that was signed when each row had a seal of its own."""
     if file is None or keys is None or not file.exists():
         return
     for line in file.read_text().split():
@@ -199,7 +231,7 @@ def _read_checkpoints(file: Path | None, keys: KeySet | None) -> Iterable[tuple[
         claim = json.loads(signed.payload or b"")
         if signed.headers().get("kid") != claim["service"]:
             raise ValueError("signed by another service")
-        yield claim["seal"], bytes.fromhex(claim["hash"])
+        yield (claim["seal"], claim["rows"], bytes.fromhex(claim["hash"])) if "rows" in claim else None
 
 
 _ACCESSES = text("""

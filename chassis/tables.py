@@ -147,7 +147,11 @@ def access_tables(metadata: MetaData) -> Access:
 
 
 def request_tables(metadata: MetaData) -> None:
-    """`idempotency_key` holds answers for replays, `audit` one row per call."""
+    """`idempotency_key` holds answers for replays, `audit` one row per call, never touched again.
+
+    `audit_open` names the rows that no seal covers yet: a trigger fills it, the sealer empties it. No index, since it is
+    only ever read from the start.
+    """
     Table(
         "idempotency_key",
         metadata,
@@ -175,11 +179,19 @@ def request_tables(metadata: MetaData) -> None:
         Column("subject_ids", ARRAY(Uuid(as_uuid=False)), nullable=False, server_default=text("'{}'")),
         Column("outcome", Text, nullable=False),
         Column("trace_id", Text, nullable=False, server_default=""),
-        # Set by the sealer: place in the chain, and the hash over this row and the one before.
-        Column("seal", BigInteger, unique=True),
-        Column("hash", LargeBinary),
-        Index("audit_unsealed", "id", postgresql_where=text("seal IS NULL")),
         Index("audit_by_subject", "subject_ids", postgresql_using="gin"),
+    )
+    waiting = Table("audit_open", metadata, Column("id", Uuid(as_uuid=False), nullable=False))
+    listen(waiting, "after_create", DDL(f"ALTER TABLE audit_open SET ({QUEUE_STORAGE})"))
+    Table(
+        "audit_seal",
+        metadata,
+        Column("seal", BigInteger, primary_key=True, autoincrement=False),
+        # All that were sealed so far, with these.
+        Column("rows", BigInteger, nullable=False),
+        Column("ids", ARRAY(Uuid(as_uuid=False)), nullable=False),
+        Column("digests", LargeBinary, nullable=False),
+        Column("hash", LargeBinary, nullable=False),
     )
     Table(
         "audit_head",

@@ -69,8 +69,8 @@ def newer(tmp_path: Path) -> Path:
     """The revisions of the next build."""
     for file in FIRST.glob("*.py"):
         (tmp_path / file.name).write_text(file.read_text())
-    (tmp_path / "0002_more.py").write_text(
-        'from alembic import op\n\nrevision, down_revision = "0002", "0001"\n\n\n'
+    (tmp_path / "0003_more.py").write_text(
+        'from alembic import op\n\nrevision, down_revision = "0003", "0002"\n\n\n'
         'def upgrade():\n    op.execute("CREATE TABLE more (id int)")\n'
     )
     return tmp_path
@@ -107,7 +107,7 @@ async def test_a_service_waits_for_the_schema_that_it_needs_and_starts_on_a_newe
     assert await health_of(server.health_port) == SERVING
     await server.stop()
 
-    # The other way round: the build needs 0002, the database has 0001.
+    # The other way round: the build needs 0003, the database has 0002.
     older = await database("gate")
     await migrations.upgrade(older, FIRST, models().Base.metadata)
     engine = create_async_engine(older)
@@ -160,8 +160,8 @@ async def test_two_migrators_at_once_take_turns(database: Any, newer: Path) -> N
     metadata = models().Base.metadata
     await asyncio.gather(*(migrations.upgrade(url, newer, metadata) for _ in range(4)))
     engine = create_async_engine(url)
-    assert await migrations.present(engine) == "0002" == migrations.needed(newer)
-    assert list(migrations.revisions(newer)) == ["0001", "0002"]
+    assert await migrations.present(engine) == "0003" == migrations.needed(newer)
+    assert list(migrations.revisions(newer)) == ["0001", "0002", "0003"]
     await engine.dispose()
 
 
