@@ -133,7 +133,11 @@ async def test_filters_of_every_type_are_joined_and_answer_as_alone(small: Small
 
 
 async def test_lists_arrive_as_they_were_given(small: Small) -> None:
-    lists: list[list[str | None]] = [['a"b', "", "null", "NULL", "x\\y", "{c}", None, " a b ", "é,ü", "'"], [], ["plain"]]
+    lists: list[list[str | None]] = [
+        ['a"b', "", "null", "NULL", "x\\y", "{c}", None, " a b ", "é,ü", "'"],
+        [],
+        ["plain"],
+    ]
     loader = small.server.database._loader
     asked = [loader.fetch("SELECT $1::TEXT[] AS found, $2::VARCHAR(40)[] AS again", [one, one]) for one in lists]
     assert await asyncio.gather(*asked) == [[[one, one]] for one in lists]
