@@ -52,6 +52,10 @@ class RunningLoop:
         """Something may be due now."""
         self._woken.set()
 
+    def more(self, done: int) -> bool:
+        """Whether something may be left after a round that did so much."""
+        return done > 0
+
     async def stop(self, timeout: float = 8.0) -> None:
         """Let the round in hand end."""
         self._stopping = True
@@ -65,18 +69,18 @@ class RunningLoop:
         trouble = ""
         while not self._stopping:
             self._woken.clear()
-            done = 0
+            more = False
             try:
                 done = await self._work(self._runtime)
                 metrics.done.labels(self._name).inc(done)
-                trouble = ""
+                more, trouble = self.more(done), ""
             except Exception as error:  # a database or service that is away: what is due stays due
                 kind = type(error).__name__
                 metrics.failed.labels(self._name, kind).inc()
                 if kind != trouble:
                     log.warning("timer waits, trying again", loop=self._name, exc_info=error)
                 trouble = kind
-            if not done and not self._stopping:
+            if not more and not self._stopping:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._woken.wait(), self._every)
 

@@ -17,14 +17,15 @@ from care.scheduling.v1.appointments_pb2_grpc import AppointmentsServiceStub
 from care.type.v1 import type_pb2
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from prometheus_client import Counter, Gauge, Histogram
-from sqlalchemy import and_, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, any_, bindparam, func, or_, select, text
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import noload
 
 from chassis.clients import call
 from chassis.errors import NotFound, Problem
 from chassis.ids import new_id
-from chassis.model import Act
+from chassis.model import Act, Id, Ids
 from chassis.pipeline import Runtime
 from chassis.telemetry import context_from, links_to
 from chassis.timers import Loop, RunningLoop, due
@@ -39,7 +40,6 @@ from services.notifications.message import (
     Reminder,
     ReminderStatus,
 )
-from services.notifications.projections import Appointment, Clinic, VisitType
 from services.notifications.providers import Outcome, Parcel, Provider, providers
 from services.notifications.settings import NotificationsSettings
 from services.notifications.templates import Rendered, Templates, facts, local_time
@@ -48,9 +48,32 @@ _SAID_IN = "appointment-reminder"
 """The purpose by which consent to all messages about a visit is asked for."""
 _REDACTED = "[link]"
 _BACKLOG_EVERY = 10.0
+_LOST_EVERY = 1.0  # seconds from one look for leases that ended to the next
+_PACE = 0.02  # seconds from one claim to the next: what falls due meanwhile goes in one batch
 _TRIES_TO_RECORD = 4
 # Of the age that a check may reach: the rest is for the commit that says that the call begins.
 _BEGUN_WITHIN = 0.6
+
+
+# Text: at each claim, and through the ORM two thirds of what it costs.
+_CLINICS = text(
+    "SELECT id, name, discreet_name, time_zone, address, phone, directions, security_labels FROM clinic"
+    " WHERE tenant_id = ANY(:tenants) AND id = ANY(:ids)"
+).bindparams(bindparam("tenants", type_=Ids), bindparam("ids", type_=Ids)).columns(id=Id, address=JSONB)  # fmt: skip
+_KINDS = text(
+    "SELECT id, name, discreet_name, modality, preparation, security_labels FROM visit_type AS kind"
+    " WHERE tenant_id = ANY(:tenants) AND EXISTS (SELECT FROM appointment AS visit WHERE visit.tenant_id = kind.tenant_id"
+    " AND visit.id = ANY(:visits) AND visit.visit_type_id = kind.id)"
+).bindparams(bindparam("tenants", type_=Ids), bindparam("visits", type_=Ids)).columns(id=Id, preparation=JSONB)  # fmt: skip
+
+
+def _named(messages: Sequence[Message]) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    """These messages. As arrays: a list of pairs would be rendered anew for each number of them."""
+    tenants, ids = list({each.tenant_id for each in messages}), [each.id for each in messages]
+    return (
+        Message.tenant_id == any_(bindparam(None, tenants, type_=Ids)),
+        Message.id == any_(bindparam(None, ids, type_=Ids)),
+    )
 
 
 class SendMetrics:
@@ -192,8 +215,9 @@ class Batch:
     tenant_id: str
     token: str
     messages: list[Message]
-    clinics: Mapping[str, Clinic]
-    visit_types: Mapping[str, VisitType]
+    clinics: Mapping[str, Any]
+    """By id: rows with what `Clinic` has."""
+    visit_types: Mapping[str, Any]
     claimed_time: datetime
     claimed_at: float
 
@@ -219,6 +243,9 @@ async def _nothing(_runtime: Runtime) -> int:
 
 class RunningSender(RunningLoop):
     """A sender at work; stopping lets the calls under way end."""
+
+    def more(self, done: int) -> bool:
+        return self._sender.left_more
 
     def __init__(self, name: str, sender: "Sender", runtime: Runtime) -> None:
         self._sender = sender
@@ -248,8 +275,11 @@ class Sender:
         self._slots = asyncio.Semaphore(self.settings.provider_connections)
         self._lanes: set[asyncio.Task[None]] = set()
         self._lease = timedelta(seconds=self.settings.send_lease)
-        self._backlog_at = float("-inf")
+        self._backlog_at = self._lost_at = float("-inf")
         self._size = self.settings.send_batch
+        self._claimed_at = float("-inf")
+        self.left_more = True
+        """Whether the last claim took as much as it was allowed to."""
         self._rule = Together(self._apply)
         self._result = Together(self._record)
 
@@ -264,9 +294,13 @@ class Sender:
             await asyncio.wait(self._lanes, return_when=asyncio.FIRST_COMPLETED)
         count = min([self._size, *(budget.left() for budget in self._budgets.values())])
         if count < 1:
-            await asyncio.sleep(0.02)
-            return 1  # there may be more: look again at once
+            await asyncio.sleep(_PACE)
+            self.left_more = True
+            return 0
+        await asyncio.sleep(self._claimed_at + _PACE - time.monotonic())
+        self._claimed_at = time.monotonic()
         batches, touched = await self._claim(count)
+        self.left_more = touched >= count
         for batch in batches:
             # Whichever channel they will take: what isn't used is given back.
             for budget in self._budgets.values():
@@ -305,7 +339,12 @@ class Sender:
         token = new_id()
         async with self.runtime.database.acting(self._actor) as db:
             now, at = db.info["act"].now, time.monotonic()
-            lost = await due(db, Message, Message.lease_time, Message.status == MessageStatus.IN_PROGRESS, limit=100)
+            lost: list[Message] = []
+            if at - self._lost_at > _LOST_EVERY:
+                self._lost_at = at
+                lost = await due(
+                    db, Message, Message.lease_time, Message.status == MessageStatus.IN_PROGRESS, limit=100
+                )
             for message in lost:
                 # Its call may have been made: nobody knows, so nobody repeats it.
                 message.lose(now, "lease-expired")
@@ -355,21 +394,14 @@ class Sender:
                 kept.append(reminder)
         return kept
 
-    async def _directory(
-        self, db: AsyncSession, messages: Sequence[Message]
-    ) -> tuple[dict[str, Clinic], dict[str, VisitType]]:
+    async def _directory(self, db: AsyncSession, messages: Sequence[Message]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What is known here about the places and kinds of the visits; read now, since after the check every step counts."""
-        tenants = {message.tenant_id for message in messages}
-        ids = {message.clinic_id for message in messages if message.clinic_id}
-        visits = {message.about_id for message in messages if message.about["type"] == "Appointment"}
-        clinics = select(Clinic).where(Clinic.tenant_id.in_(tenants), Clinic.id.in_(ids))
-        known = and_(Appointment.tenant_id == VisitType.tenant_id, Appointment.visit_type_id == VisitType.id)
-        kinds = select(VisitType).distinct(VisitType.tenant_id, VisitType.id).join(Appointment, known)
-        kinds = kinds.where(Appointment.tenant_id.in_(tenants), Appointment.id.in_(visits))
-        return (
-            {row.id: row for row in (await db.execute(clinics)).scalars()} if ids else {},
-            {row.id: row for row in (await db.execute(kinds)).scalars()} if visits else {},
-        )
+        tenants = list({message.tenant_id for message in messages})
+        ids = list({message.clinic_id for message in messages if message.clinic_id})
+        visits = list({message.about_id for message in messages if message.about["type"] == "Appointment"})
+        clinics = await db.execute(_CLINICS, {"tenants": tenants, "ids": ids}) if ids else ()
+        kinds = await db.execute(_KINDS, {"tenants": tenants, "visits": visits}) if visits else ()
+        return {row.id: row for row in clinics}, {row.id: row for row in kinds}
 
     # -- check ---------------------------------------------------------------------------------------------------------
 
@@ -485,22 +517,21 @@ class Sender:
     async def _apply(self, rulings: Sequence[Ruling]) -> list[int | None]:
         """Numbers of the calls that may begin. None for what stays, and for what is no longer ours or no longer waits:
         a change that was heard meanwhile, or another holder of the lease, has won."""
-        keys = [(each.message.tenant_id, each.message.id, each.batch.token) for each in rulings]
         now = max(each.batch.now() for each in rulings)
         async with self.runtime.database.writing() as db:
             # Neither the clock nor the attempts are asked for again: the check grows older with each step.
             db.info["act"] = Act(self._actor, now)
             found = await db.execute(
                 select(Message)
-                .where(
-                    tuple_(Message.tenant_id, Message.id, Message.lease_token).in_(keys), Message.status.in_(WAITING)
-                )
+                .where(*_named([each.message for each in rulings]), Message.status.in_(WAITING))
                 .order_by(Message.id)
                 .options(noload(Message.attempts))
                 .with_for_update(of=Message, key_share=True)
             )
-            rows = {row.id: row for row in found.scalars()}
-            numbers = [self._ruled(db, rows.get(each.message.id), each.verdict, now) for each in rulings]
+            rows = {(row.id, row.lease_token): row for row in found.scalars()}
+            numbers = [
+                self._ruled(db, rows.get((each.message.id, each.batch.token)), each.verdict, now) for each in rulings
+            ]
             await db.commit()
         return numbers
 
@@ -664,12 +695,11 @@ class Sender:
                 await asyncio.sleep(0.2 * 4**trial)
 
     async def _record(self, results: Sequence[Result]) -> list[None]:
-        keys = [(each.message.tenant_id, each.message.id) for each in results]
         async with self.runtime.database.acting(self._actor) as db:
             now = db.info["act"].now
             found = await db.execute(
                 select(Message)
-                .where(tuple_(Message.tenant_id, Message.id).in_(keys))
+                .where(*_named([each.message for each in results]))
                 .order_by(Message.id)
                 .with_for_update(of=Message, key_share=True)
             )
