@@ -120,7 +120,7 @@ async def follow(db: AsyncSession, referral: Referral, since: datetime, reason_c
 async def tell_overdue(runtime: Runtime) -> int:
     """Tell `referral.overdue` once per due time of an open referral; closed ones have none."""
     async with runtime.database.acting("system:referrals") as db:
-        rows = await due(db, Referral, Referral.due_time, Referral.overdue_told.is_(False))
+        rows = await due(db, Referral, Referral.due_time, ~Referral.overdue_told)  # as its index says
         for referral in rows:
             referral.tell_overdue()
     return len(rows)
