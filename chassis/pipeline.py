@@ -299,9 +299,14 @@ def _turn(exchange: Exchange, call: Call) -> contextlib.AbstractAsyncContextMana
     async def look() -> None:
         async with exchange.runtime.database.hot_reading() as reading:
             call.begin_reading(reading)
-            # Whoever has its answer already doesn't compete: it will find that in its transaction.
-            if not getattr(exchange.request, "request_id", "") or not await call.records(_ANSWERED, exchange.key):
+            try:
                 await contest.look(exchange.request, call, wanted)
+            except Problem as problem:
+                # Whoever has its answer already, here or at another replica, will find it in its transaction. Asked for
+                # afterwards: what is gone and the answer of who has it became visible at once.
+                key = getattr(exchange.request, "request_id", "") and problem.reason == contest.gone
+                if not key or not await call.records(_ANSWERED, exchange.key):
+                    raise
 
     return exchange.runtime.rivals.turn((contest, call.tenant_id, wanted), look, contest.gone)
 

@@ -40,6 +40,7 @@ class _Line:
     def __init__(self) -> None:
         self.here = 0
         self.busy = False
+        self.doubtful = False  # somebody at work has found the thing to be had, or gone
         self.waiting: dict[asyncio.Future[bool], None] = {}
 
     async def change(self) -> bool:
@@ -69,7 +70,8 @@ class Rivals:
     async def turn(self, wanted: Hashable, look: Look, gone: str) -> AsyncIterator[None]:
         """Wait while another is at work; after `patience` seconds go on regardless, since the database decides.
 
-        Raises what `look` raises, which is asked where another has just been answered, or refused for the reason `gone`.
+        Raises what `look` raises, which is asked where another has been answered, or refused for the reason `gone`, since
+        the line began: so all that a request must be before it can be `gone` has been checked for one that wants the same.
         """
         line = self._lines.setdefault(wanted, _Line())
         line.here += 1
@@ -77,7 +79,7 @@ class Rivals:
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._patience):
-                    doubt = line.here > 1 and not line.busy
+                    doubt = line.doubtful and not line.busy
                     while doubt or line.busy:
                         if doubt:
                             await look()
@@ -93,6 +95,7 @@ class Rivals:
             line.here -= 1
             if at_work:
                 line.busy = False
+                line.doubtful |= ended
             # Also where this one was called and could not go: whoever is next must not wait for ever.
             if not line.busy:
                 line.call(gone=ended)

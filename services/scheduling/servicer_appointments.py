@@ -36,8 +36,8 @@ class Wanting(Protocol):
 Competing = pb.CreateAppointmentRequest | pb.HoldAppointmentRequest
 
 
-def _time(request: Competing, call: Call) -> tuple[str, int] | None:
-    """The practitioner and the start that a request competes for."""
+def _time(request: Competing, call: Call) -> Place | None:
+    """What a request competes for: what is asked of the whole place is then the same for all rivals."""
     if isinstance(request, pb.CreateAppointmentRequest) and request.HasField("overbooking"):
         return None  # it may have what is taken
     with contextlib.suppress(Problem):  # the method will say what is wrong
@@ -45,15 +45,15 @@ def _time(request: Competing, call: Call) -> tuple[str, int] | None:
             place = offers.read(offer_signer(call).open(request.offer_token), call.tenant_id, 0)
         else:
             place = _named(request, request.visit_type_id)
-        return place.practitioner_id, place.start
+        return place._replace(resource_ids=())
     return None
 
 
-async def _look(request: Competing, call: Call, wanted: tuple[str, int]) -> None:
+async def _look(request: Competing, call: Call, wanted: Place) -> None:
     """Raises NotFound, then AlreadyExists `SLOT_TAKEN`, in the order in which the methods do."""
     await call.subject(request.patient_id)
-    practitioner_id, start = wanted
-    if await call.records(occupancy.TAKEN, {"tenant": call.tenant_id, "ref": practitioner_id, "second": start}):
+    asked = {"tenant": call.tenant_id, "ref": wanted.practitioner_id, "second": wanted.start}
+    if await call.records(occupancy.TAKEN, asked):
         raise booking.taken()
 
 

@@ -328,6 +328,56 @@ async def test_a_rival_that_had_its_answer_already_gets_it_again(desk):
     assert reused == "IDEMPOTENCY_KEY_REUSED"
 
 
+async def test_a_rival_whose_twin_wins_elsewhere_while_it_looks_gets_that_answer(desk):
+    first = desk.harness.servers["scheduling"]
+    second = desk.harness.build(first.service, first.settings.database_url, principal_cache=60.0)
+    await desk.harness.hear_patients(second)
+    await second.start()
+    elsewhere = AppointmentsServiceStub(grpc.aio.insecure_channel(f"127.0.0.1:{second.port}"))
+    start, patient = soon(days=44), await desk.a_patient()
+    (slot, *_) = (await desk.search(start_time=start, practitioner_ids=[desk.doctor])).slots
+    held = await desk.hold(await desk.a_patient(), slot)
+    request = pb.CreateAppointmentRequest(
+        patient_id=patient,
+        visit_type_id=desk.visit,
+        clinic_id=desk.clinic,
+        practitioner_id=desk.doctor,
+        request_id="of two replicas",
+    )
+    request.start_time.FromDatetime(start)
+    contest = first.pipeline.methods["care.scheduling.v1.AppointmentsService/CreateAppointment"].contest
+    found, won = contest.look, []
+
+    async def look(*wanted):
+        if not won:
+            await desk.do("Release", held)
+            won.append(await elsewhere.CreateAppointment(request, metadata=desk.harness.as_user("cora"), timeout=10))
+        await found(*wanted)
+
+    try:
+        async with held_up(desk):
+            object.__setattr__(contest, "look", look)
+            front = desk.book(await desk.a_patient(), start)
+            tasks = await come(desk, front, desk.book(patient, start, request_id="of two replicas"))
+        front, answer = await outcomes_of(tasks)
+        assert (front, getattr(answer, "id", answer)) == ("SLOT_TAKEN", won[0].id)
+    finally:
+        object.__setattr__(contest, "look", found)
+        await second.stop()
+
+
+async def test_a_crowd_hears_what_one_hears_and_not_whether_the_time_is_taken(desk):
+    start = soon(days=5, hour=3)
+    await desk.book(await desk.a_patient(), start)
+    late = await desk.a_visit_type("week-ahead", minimum_notice_minutes=7 * 24 * 60)
+    for _ in range(3):
+        patients = [await desk.a_patient() for _ in range(16)]
+        outcomes = await asyncio.gather(
+            *(refused(desk.book(patient, start, visit_type_id=late)) for patient in patients)
+        )
+        assert Counter(outcomes) == {"OUTSIDE_HOURS": 16}
+
+
 async def test_a_rival_who_may_not_see_the_patient_hears_only_that(desk):
     start, patients = soon(days=34), [await desk.a_patient() for _ in range(3)]
     async with held_up(desk):
