@@ -161,7 +161,7 @@ class Consumer:
         self._queues: dict[Partition, deque[Record]] = {}
         # Who has a partition in hand; those that may share a transaction are in `_sharing`, too.
         self._workers: dict[Partition, asyncio.Task[None]] = {}
-        self._sharing: set[asyncio.Task[None]] = set()
+        self._sharing: dict[asyncio.Task[None], float] = {}  # since when
         self._heads: dict[Partition, _Waiting] = {}  # read already, so that nothing is read twice
         self._singly: dict[Partition, int] = {}  # up to this offset each event goes by itself
         self._size = _TOGETHER_AT_MOST
@@ -269,9 +269,12 @@ class Consumer:
             queue = self._queues[partition]
             if self._fit(partition, queue[0]) is None:
                 self._give(self._settle_all(partition, [queue.popleft()]), [partition])
-        # One at a time: what comes meanwhile goes together. Several would only hold their rows for longer.
+        # One at a time, as long as it is none that takes long: what comes meanwhile goes together. Several would only hold
+        # their rows for longer.
+        young = time.monotonic() - _TOGETHER_FOR
         busy = any(
-            task in self._sharing and partition not in self._retrying for partition, task in self._workers.items()
+            self._sharing.get(task, 0.0) > young and partition not in self._retrying
+            for partition, task in self._workers.items()
         )
         if busy or not (waiting := self._waiting()):
             return
@@ -280,11 +283,11 @@ class Consumer:
         for partition in partitions:
             self._queues[partition] = self._queues.pop(partition)  # next time it is the others' turn
         if sum(bool(each.registered) for each in taken) != 1:
-            self._sharing.add(self._give(self._settle_together(taken), partitions))
+            self._sharing[self._give(self._settle_together(taken), partitions)] = time.monotonic()
             return
         for partition in partitions:
             records = [each.record for each in taken if each.partition == partition]
-            self._sharing.add(self._give(self._settle_all(partition, records), [partition]))
+            self._sharing[self._give(self._settle_all(partition, records), [partition])] = time.monotonic()
 
     def _waiting(self) -> list[Partition]:
         workers = self._workers
@@ -302,7 +305,7 @@ class Consumer:
         return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._sharing.discard(task)
+        self._sharing.pop(task, None)
         self._spread()
 
     def _fit(self, partition: Partition, record: Record) -> "_Waiting | None":
@@ -350,15 +353,22 @@ class Consumer:
             self._done[partition] = record.offset + 1
 
     async def _settle_together(self, taken: Sequence["_Waiting"]) -> None:
-        """In one transaction; if anything is wrong nothing has happened, and each is settled by itself."""
+        """In one transaction; if anything is wrong nothing has happened, and what failed is settled by itself."""
+        failed: Sequence[_Waiting] = taken
         try:
             await self._apply_together([each for each in taken if each.registered])
+        except _GivenUp as given_up:
+            failed = [given_up.failed]
         except Exception:  # whose fault it is shows when each has a transaction of its own
+            pass
+        else:
+            failed = ()
+        if failed:
             self._metrics.shared.labels(self.group, "given_up").inc()
             self._size = max(2, self._size // 4)  # there may be more of its kind
             for each in reversed(taken):
                 self._queues[each.partition].appendleft(each.record)
-            for each in taken:
+            for each in failed:
                 self._singly[each.partition] = each.record.offset
             return
         self._metrics.settled.labels(self.group, "passed").inc(sum(not each.registered for each in taken))
@@ -500,6 +510,8 @@ class Consumer:
                         _tell_failure(span, error)
                     span.set_attribute("care.outcome", "given_up")
                     span.end()
+                if isinstance(error, Exception) and len(spans) > len(outcomes):
+                    raise _GivenUp(taken[len(outcomes)]) from error
                 raise
             took = time.perf_counter() - started
         self._size = max(2, min(_TOGETHER_AT_MOST, int(len(taken) * _TOGETHER_FOR / took)))
@@ -667,6 +679,14 @@ class Consumer:
             except _ParkingFailed as failed:
                 raise Retry("PARKING_FAILED") from failed
             return "parked_again"
+
+
+class _GivenUp(Exception):
+    """A shared transaction was rolled back, in the midst of this one's reactions."""
+
+    def __init__(self, failed: "_Waiting") -> None:
+        super().__init__()
+        self.failed = failed
 
 
 class _Waiting(NamedTuple):
