@@ -30,8 +30,9 @@ _REMOVED = bytes(32)
 # there is no row any more.
 _DIGEST = """
 CASE WHEN audit.id IS NULL THEN decode(repeat('00', 32), 'hex') ELSE sha256(convert_to(json_build_array(
-  audit.id, audit.tenant_id, floor(extract(epoch FROM audit.time) * 1000000)::bigint, audit.actor, audit.on_behalf_of,
-  audit.method, audit.permission, audit.purpose, audit.subject_ids, audit.outcome, audit.trace_id)::text, 'UTF8')) END
+  audit.id, audit.tenant_id, CASE WHEN isfinite(audit.time) THEN floor(extract(epoch FROM audit.time) * 1000000)::bigint END,
+  audit.actor, audit.on_behalf_of, audit.method, audit.permission, audit.purpose, audit.subject_ids, audit.outcome,
+  audit.trace_id)::text, 'UTF8')) END
 """
 _WAITING = text("SELECT 1 FROM audit_open LIMIT 1")
 # By itself, so that the next statement sees what whoever held the head before has done.

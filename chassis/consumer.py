@@ -114,7 +114,7 @@ class Consumer:
       to these (`Reactions`). So two such transactions meet in the same order, and a request, an event by itself or a
       replay, which all lock one patient's rows, waits for what never comes back to this patient.
     - Loops that lock several patients' rows pass over those that are locked. Rows for which one of them waits are locked
-      by `alone` reactions only.
+      by reactions that don't share only.
 
     `before(event)` runs ahead of the transaction (make sure of rows that need an RPC; raise `Retry`).
     `recover(error, event)` may mend what a reaction lacked, outside any transaction; True means try once more, and where it
@@ -317,7 +317,7 @@ class Consumer:
             return known
         try:
             event, registered = self._read(record)
-            if registered and (not event.aggregate_id or any(each.alone for each in registered)):
+            if registered and (not event.aggregate_id or not all(each.shares for each in registered)):
                 return None
             payload = _payload(event, registered) if registered else None
         except Unreadable:
@@ -354,15 +354,13 @@ class Consumer:
 
     async def _settle_together(self, taken: Sequence["_Waiting"]) -> None:
         """In one transaction; if anything is wrong nothing has happened, and what failed is settled by itself."""
-        failed: Sequence[_Waiting] = taken
+        failed: Sequence[_Waiting] = ()
         try:
             await self._apply_together([each for each in taken if each.registered])
         except _GivenUp as given_up:
             failed = [given_up.failed]
         except Exception:  # whose fault it is shows when each has a transaction of its own
-            pass
-        else:
-            failed = ()
+            failed = taken
         if failed:
             self._metrics.shared.labels(self.group, "given_up").inc()
             self._size = max(2, self._size // 4)  # there may be more of its kind

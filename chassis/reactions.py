@@ -17,7 +17,7 @@ class Registered(NamedTuple):
     payload: type[Message]
     function: Reaction[Any]
     enums: tuple["_EnumField", ...]
-    alone: bool
+    shares: bool
 
 
 class NotAlone(Exception):
@@ -25,7 +25,7 @@ class NotAlone(Exception):
 
 
 def need_own_transaction(db: AsyncSession) -> None:
-    """Called by a reaction before it locks what only `alone` reactions may lock (see `Reactions`). Raises NotAlone."""
+    """Called by a reaction before it locks what one that shares may not lock (see `Reactions`). Raises NotAlone."""
     if db.info.get("together"):
         raise NotAlone
 
@@ -36,18 +36,18 @@ class Reactions:
     A reaction gets the parsed payload, the envelope and the open session, whose `info` holds the bus's `record` and
     the `event`. It must bear any order, writes rows only, and calls no service and no provider.
 
-    Events of different patients share a transaction, and so its locks. Such a reaction locks only what belongs to its
-    event's patient, or to the event's aggregate where it is about no patient: rows that no transaction locks together
-    with another patient's, unless it passes over what is locked. Whoever locks anything else is registered as `alone`.
+    Events of different patients may share a transaction, and so its locks, where all their reactions say so. One that
+    shares locks only what belongs to its event's patient, or to the event's aggregate where it is about no patient: rows
+    that no transaction locks together with another patient's, unless it passes over what is locked.
     """
 
     def __init__(self) -> None:
         self._by_type: dict[str, list[Registered]] = {}
 
-    def on(self, *types: str, payload: type[P], alone: bool = False) -> Callable[[Reaction[P]], Reaction[P]]:
+    def on(self, *types: str, payload: type[P], shares: bool = False) -> Callable[[Reaction[P]], Reaction[P]]:
         """Register the decorated function for event types such as `thing.changed`.
 
-        `alone`: these events have a transaction of their own.
+        `shares`: it keeps to what a reaction may lock that shares its transaction with others.
         """
 
         def register(function: Reaction[P]) -> Reaction[P]:
@@ -58,7 +58,7 @@ class Reactions:
                     raise ValueError(
                         f"{each} already has another payload: {registered[0].payload.DESCRIPTOR.full_name}"
                     )
-                registered.append(Registered(payload, function, enums, alone))
+                registered.append(Registered(payload, function, enums, shares))
             return function
 
         return register

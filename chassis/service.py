@@ -346,21 +346,21 @@ def _bind(server: grpc.aio.Server, address: str) -> int:
 
 
 def _hear_access(reactions: Reactions) -> None:
-    @reactions.on("patient.access_changed", payload=access_pb2.SubjectAccess)
+    @reactions.on("patient.access_changed", payload=access_pb2.SubjectAccess, shares=True)
     async def _subject(state: access_pb2.SubjectAccess, _event: Event, db: AsyncSession) -> None:
         await accesses.store_subject(db, db.info["runtime"].tables.access, state)
 
     # It may drop another login's row, and that one's event this one's.
-    @reactions.on("staff.changed", "login.changed", payload=access_pb2.PrincipalState, alone=True)
+    @reactions.on("staff.changed", "login.changed", payload=access_pb2.PrincipalState)
     async def _principal(state: access_pb2.PrincipalState, _event: Event, db: AsyncSession) -> None:
         await accesses.hear_principal(db, db.info["runtime"].tables.access, state)
 
     # By name, which one role may have had before another.
-    @reactions.on("role.changed", payload=access_pb2.RoleState, alone=True)
+    @reactions.on("role.changed", payload=access_pb2.RoleState)
     async def _role(state: access_pb2.RoleState, _event: Event, db: AsyncSession) -> None:
         await accesses.store_role(db, db.info["runtime"].tables.access, state)
 
-    @reactions.on("access.heartbeat", payload=access_pb2.Heartbeat)
+    @reactions.on("access.heartbeat", payload=access_pb2.Heartbeat, shares=True)
     async def _heartbeat(beat: access_pb2.Heartbeat, event: Event, db: AsyncSession) -> None:
         await accesses.store_heartbeat(db, db.info["runtime"].tables.access, beat.partition, to_time(event.time))
 

@@ -469,6 +469,8 @@ class Codec:
         known = _WELL_KNOWN_OUT.get(kind.full_name) or self._encoders.get(kind.full_name)
         if known is None:
             known = self._encoders[kind.full_name] = _encoder(kind, self.encoder)
+            for field in kind.fields:  # what can't be encoded is found now, and not by an answer
+                _field_out(field, self.encoder)
         return known
 
     def decoder(self, kind: Descriptor) -> Fill:

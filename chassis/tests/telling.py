@@ -66,7 +66,7 @@ class Thing:
         self.reactions = Reactions()
         # Key to what its reaction raises, until the test takes it out again.
         self.troubles: dict[str, Callable[[Event], Awaitable[None]]] = {}
-        self.reactions.on("thing.changed", payload=Field)(self.write_effect)
+        self.reactions.on("thing.changed", payload=Field, shares=True)(self.write_effect)
 
     async def write_effect(self, payload: Field, event: Event, db: AsyncSession) -> None:
         if trouble := self.troubles.get(event.aggregate_id):

@@ -481,3 +481,13 @@ async def test_who_saw_a_record_is_told_page_by_page_latest_first(small: Small) 
             await accesses(small, "ada", **fields)
     with pytest.raises(NotFound):
         await accesses(small, "outsider of the audit", patient_id=patient)
+
+
+async def test_a_row_without_a_time_that_can_be_counted_is_sealed_as_well(chain: Chain) -> None:
+    await chain.sql(
+        "INSERT INTO audit (id, tenant_id, actor, method, outcome, time)"
+        " VALUES (gen_random_uuid(), gen_random_uuid(), 'staff:x', 'care.x.v1.X/Get', 'OK', 'infinity')",
+        guarded=True,
+    )
+    assert await chain.sealer().seal() == 1
+    assert await chain.verdict() == Verdict(rows=1, unsealed=0, checkpoints=1)

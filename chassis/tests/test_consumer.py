@@ -185,7 +185,7 @@ async def test_what_this_build_cannot_read_is_parked_with_its_reason_and_later_e
     assert await thing.seen() == [("k", 7)]
     # A build that knows more takes them on; the others wait for theirs.
     upgraded = Reactions()
-    upgraded.on("thing.changed", "thing.newer", payload=Field)(thing.write_effect)
+    upgraded.on("thing.changed", "thing.newer", payload=Field, shares=True)(thing.write_effect)
     newer_build = thing.consumer(bus, topic, [topic], reactions=upgraded)
     assert await newer_build.replay() == (1, 0, 0, 6)
     assert {letter["times"] for letter in await letters(bus, topic)} == {"1", "2"}
@@ -197,7 +197,7 @@ async def test_a_reaction_that_fails_takes_back_the_whole_events_work_and_leaks_
     class SlotTaken(Exception):
         reason = "SLOT_TAKEN"
 
-    @thing.reactions.on("thing.changed", payload=Field)
+    @thing.reactions.on("thing.changed", payload=Field, shares=True)
     async def refuse(payload: Field, event: Any, db: AsyncSession) -> None:
         assert db.info["record"].topic == topic
         if payload.number == 1:
@@ -259,7 +259,7 @@ async def test_while_one_event_takes_long_the_others_go_on(thing: Thing, bus: Wa
 async def test_sqlstates_that_say_busy_are_retried_in_place(thing: Thing, bus: Watched, topic: str, state: str) -> None:
     tries = 0
 
-    @thing.reactions.on("thing.changed", payload=Field)
+    @thing.reactions.on("thing.changed", payload=Field, shares=True)
     async def busy(payload: Field, event: Any, db: AsyncSession) -> None:
         nonlocal tries
         tries += 1
@@ -275,7 +275,7 @@ async def test_sqlstates_that_say_busy_are_retried_in_place(thing: Thing, bus: W
 async def test_a_statement_cancelled_five_times_is_parked(thing: Thing, bus: Watched, topic: str) -> None:
     tries = 0
 
-    @thing.reactions.on("thing.changed", payload=Field)
+    @thing.reactions.on("thing.changed", payload=Field, shares=True)
     async def endless(payload: Field, event: Any, db: AsyncSession) -> None:
         nonlocal tries
         tries += 1
@@ -507,7 +507,7 @@ async def test_a_connection_lost_in_the_middle_leaves_nothing_and_counts_nothing
     hooks: list[int] = []
     losses = 0
 
-    @thing.reactions.on("thing.changed", payload=Field)
+    @thing.reactions.on("thing.changed", payload=Field, shares=True)
     async def lose(payload: Field, event: Any, db: AsyncSession) -> None:
         nonlocal losses
         if payload.number == 3 and not losses:
@@ -536,7 +536,7 @@ async def test_members_that_share_their_events_or_their_rows_have_one_effect_eac
     patient = text(_MARK_ALL.text.replace("'250'", "'10000'"))  # however slow this machine is now
     monkeypatch.setattr("chassis.consumer._MARK_ALL", patient)
 
-    @thing.reactions.on("thing.changed", payload=Field)
+    @thing.reactions.on("thing.changed", payload=Field, shares=True)
     async def lock(payload: Field, event: Any, db: AsyncSession) -> None:
         await db.execute(text("SELECT pg_advisory_xact_lock(hashtext(:key))"), {"key": event.aggregate_id})
         await asyncio.sleep(0.005)
@@ -582,8 +582,8 @@ async def test_a_reaction_that_must_be_alone_is(thing: Thing, bus: Watched, topi
         shared[event.aggregate_id] = bool(db.info.get("together"))
         await thing.write_effect(payload, event, db)
 
-    reactions.on("thing.changed", payload=Field)(note)
-    reactions.on("thing.locked", payload=Field, alone=True)(note)
+    reactions.on("thing.changed", payload=Field, shares=True)(note)
+    reactions.on("thing.locked", payload=Field)(note)
     await bus.append(
         topic,
         [message_of(event_of(f"k{n}", n, type="thing.locked" if n % 3 == 0 else "thing.changed")) for n in range(40)],
@@ -595,7 +595,7 @@ async def test_a_reaction_that_must_be_alone_is(thing: Thing, bus: Watched, topi
 
 
 async def test_a_shared_transaction_waits_for_no_row_for_long(thing: Thing, bus: Watched, topic: str) -> None:
-    @thing.reactions.on("thing.changed", payload=Field)
+    @thing.reactions.on("thing.changed", payload=Field, shares=True)
     async def lock(payload: Field, event: Any, db: AsyncSession) -> None:
         await db.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": payload.number})
 
@@ -664,8 +664,8 @@ def test_a_type_has_one_payload_and_many_reactions() -> None:
 
     async def react(payload: Any, event: Any, db: AsyncSession) -> None: ...
 
-    reactions.on("a.b", payload=Field)(react)
-    reactions.on("a.b", "a.c", payload=Field)(react)
+    reactions.on("a.b", payload=Field, shares=True)(react)
+    reactions.on("a.b", "a.c", payload=Field, shares=True)(react)
     assert (len(reactions.for_type("a.b")), reactions.types) == (2, {"a.b", "a.c"})
     with pytest.raises(ValueError, match=r"a\.b already has another payload"):
-        reactions.on("a.b", payload=Option)(react)
+        reactions.on("a.b", payload=Option, shares=True)(react)

@@ -190,7 +190,7 @@ async def test_events_of_one_transaction_keep_the_order_in_which_they_were_told(
 async def test_what_events_that_share_a_transaction_make_is_told_by_each_ones_act_in_its_trace(still: Small) -> None:
     reactions, woken = Reactions(), list[str]()
 
-    @reactions.on("thing.changed", payload=Field)
+    @reactions.on("thing.changed", payload=Field, shares=True)
     async def tell(payload: Field, event: Event, db: AsyncSession) -> None:
         pool = still.models.Pool(id=event.aggregate_id, tenant_id=still.harness.tenant_id, name=new_id(), purpose="")
         pool.tell("changed")

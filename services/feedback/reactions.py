@@ -22,7 +22,7 @@ reactions = Reactions()
 _UNDONE, _DECEASED = "visit-undone", "deceased"
 
 
-@reactions.on("appointment.fulfilled", payload=scheduling.AppointmentEvent)
+@reactions.on("appointment.fulfilled", payload=scheduling.AppointmentEvent, shares=True)
 async def plan_survey(visit: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
     """Plan the survey of a visit, once; not where the visit was taken back at a later version, nor too soon again."""
     undone = await db.get(UndoneVisit, (event.tenant_id, visit.id))
@@ -63,7 +63,7 @@ async def plan_survey(visit: scheduling.AppointmentEvent, event: Event, db: Asyn
     invitation.plan(questionnaire_id, due_time, due_time + timedelta(seconds=policy.settings["expiry"]), policy.version)
 
 
-@reactions.on("appointment.reverted", "appointment.entered_in_error", payload=scheduling.AppointmentEvent)
+@reactions.on("appointment.reverted", "appointment.entered_in_error", payload=scheduling.AppointmentEvent, shares=True)
 async def take_back_survey(visit: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
     """A visit that didn't take place after all is asked about by nobody, unless its survey has left already."""
     statement = insert(UndoneVisit).values(
@@ -81,7 +81,7 @@ async def take_back_survey(visit: scheduling.AppointmentEvent, event: Event, db:
         invitation.revoke(_UNDONE)
 
 
-@reactions.on("patient.deceased", payload=patients.PatientEvent)
+@reactions.on("patient.deceased", payload=patients.PatientEvent, shares=True)
 async def ask_no_more(_patient: patients.PatientEvent, event: Event, db: AsyncSession) -> None:
     """Nobody deceased is asked; a link that is under way stops working."""
     query = (

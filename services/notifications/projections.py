@@ -71,7 +71,8 @@ class Appointment(Projected, Base):
     security_labels: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
 
 
-# Text, because SQLAlchemy compiles ON CONFLICT anew for each event. Where the row is there already it is locked, nothing else.
+# Text, because SQLAlchemy compiles ON CONFLICT anew for each event. A row that is there already is locked by an update that
+# changes nothing: a dead row for each later event of a visit, for one statement less with the first.
 _LOCK_VISIT = text(
     "INSERT INTO appointment AS mine (tenant_id, id, patient_id, version, status, time_zone, schedule_version,"
     f" planned_version, security_labels) VALUES (:tenant_id, :id, :patient_id, 0, '', '', 0, {NEVER_PLANNED}, '{{}}')"

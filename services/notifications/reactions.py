@@ -59,7 +59,7 @@ _LEFT = (MessageStatus.IN_PROGRESS, MessageStatus.COMPLETED, MessageStatus.UNKNO
 reactions = Reactions()
 
 
-@reactions.on("clinic.changed", payload=ClinicState)
+@reactions.on("clinic.changed", payload=ClinicState, shares=True)
 async def keep_clinic(state: ClinicState, event: Event, db: AsyncSession) -> None:
     phones = [point.e164 or point.value for point in state.telecom if point.system == ContactPoint.PHONE]
     await keep_state(
@@ -76,7 +76,7 @@ async def keep_clinic(state: ClinicState, event: Event, db: AsyncSession) -> Non
     )
 
 
-@reactions.on("visit_type.changed", payload=VisitTypeState)
+@reactions.on("visit_type.changed", payload=VisitTypeState, shares=True)
 async def keep_visit_type(state: VisitTypeState, event: Event, db: AsyncSession) -> None:
     await keep_state(
         db,
@@ -101,9 +101,8 @@ async def keep_visit_type(state: VisitTypeState, event: Event, db: AsyncSession)
     "appointment.reverted",
     "appointment.entered_in_error",
     payload=AppointmentEvent,
-    alone=True,
 )
-@reactions.on("appointment.booked", "appointment.confirmed", payload=AppointmentEvent)
+@reactions.on("appointment.booked", "appointment.confirmed", payload=AppointmentEvent, shares=True)
 async def follow_visit(visit: AppointmentEvent, event: Event, db: AsyncSession) -> None:
     """Planning is a projection: the newest state decides what stands in the ledger, an older event plans nothing."""
     row = await visit_row(db, event.tenant_id, visit.id, event.patient_id)
@@ -126,8 +125,8 @@ async def follow_visit(visit: AppointmentEvent, event: Event, db: AsyncSession) 
     wake_after_commit(db, SEND_LOOP)
 
 
-@reactions.on("patient.updated", "patient.deceased", payload=PatientEvent, alone=True)
-@reactions.on("patient.registered", payload=PatientEvent)
+@reactions.on("patient.updated", "patient.deceased", payload=PatientEvent)
+@reactions.on("patient.registered", payload=PatientEvent, shares=True)
 async def follow_death(patient: PatientEvent, event: Event, db: AsyncSession) -> None:
     """Nobody deceased is written to; what is in hand already is stopped by the last check.
 
@@ -168,7 +167,7 @@ async def follow_death(patient: PatientEvent, event: Event, db: AsyncSession) ->
     wake_after_commit(db, SEND_LOOP)
 
 
-@reactions.on("survey.invited", payload=SurveyEvent)
+@reactions.on("survey.invited", payload=SurveyEvent, shares=True)
 async def invite(survey: SurveyEvent, event: Event, db: AsyncSession) -> None:
     once = (Message.tenant_id == event.tenant_id, Message.about_id == survey.id, Message.kind == SURVEY)
     if (await db.execute(select(Message.id).where(*once))).first() is not None:

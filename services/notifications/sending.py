@@ -48,6 +48,7 @@ _SAID_IN = "appointment-reminder"
 """The purpose by which consent to all messages about a visit is asked for."""
 _REDACTED = "[link]"
 _BACKLOG_EVERY = 10.0
+_LOST_AT_ONCE = 100
 _LOST_EVERY = 1.0  # seconds from one look for leases that ended to the next
 _PACE = 0.02  # seconds from one claim to the next: what falls due meanwhile goes in one batch
 _TRIES_TO_RECORD = 4
@@ -300,7 +301,6 @@ class Sender:
         await asyncio.sleep(self._claimed_at + _PACE - time.monotonic())
         self._claimed_at = time.monotonic()
         batches, touched = await self._claim(count)
-        self.left_more = touched >= count
         for batch in batches:
             # Whichever channel they will take: what isn't used is given back.
             for budget in self._budgets.values():
@@ -342,14 +342,15 @@ class Sender:
             lost: list[Message] = []
             if at - self._lost_at > _LOST_EVERY:
                 self._lost_at = at
-                lost = await due(
-                    db, Message, Message.lease_time, Message.status == MessageStatus.IN_PROGRESS, limit=100
-                )
+                called = Message.status == MessageStatus.IN_PROGRESS
+                lost = await due(db, Message, Message.lease_time, called, limit=_LOST_AT_ONCE)
+                if len(lost) == _LOST_AT_ONCE:
+                    self._lost_at = float("-inf")
             for message in lost:
                 # Its call may have been made: nobody knows, so nobody repeats it.
                 message.lose(now, "lease-expired")
                 self._count(message, "unknown")
-            messages = await due(
+            waiting = await due(
                 db,
                 Message,
                 Message.next_time,
@@ -358,12 +359,14 @@ class Sender:
                 limit=count,
             )
             reminders: list[Reminder] = []
-            if len(messages) < count:
+            made: list[Message] = []
+            if len(waiting) < count:
                 active = Reminder.status == ReminderStatus.ACTIVE
-                reminders = await due(db, Reminder, Reminder.due_time, active, limit=count - len(messages))
+                reminders = await due(db, Reminder, Reminder.due_time, active, limit=count - len(waiting))
                 made = [reminder.make(new_id()) for reminder in self._still_of_use(reminders)]
                 db.add_all(made)
-                messages = [*messages, *made]
+            messages = [*waiting, *made]
+            self.left_more = len(waiting) + len(reminders) >= count
             claimed = []
             for message in messages:
                 if message.expire_time <= now:

@@ -63,10 +63,7 @@ class Patient(Aggregate, Base):
         if values.get("active", True) is None:
             values["active"] = True
         for number, name in enumerate(values.get("names", ())):
-            if not "".join((name.get("family_name", ""), *name.get("given_names", ()))).strip():
-                raise Invalid(
-                    "NAME_BLANK", "A name has a family name or a given name.", field=f"patient.names[{number}]"
-                )
+            _not_blank(name, f"patient.names[{number}]")
         for name in ("birth_date", "deceased_date"):
             known_day(values.get(name, ""), f"patient.{name}")
         before = contact_values(self.telecom or [])
@@ -137,7 +134,9 @@ class RelatedPerson(Aggregate, Base):
         return ((self.name or {}).get("given_names") or [""])[0]
 
     def change(self, **values: Any) -> None:
-        """Set fields. Raises Invalid `PROXY_WITHOUT_END`."""
+        """Set fields. Raises Invalid `PROXY_WITHOUT_END`, `NAME_BLANK`."""
+        if values.get("name"):
+            _not_blank(values["name"], "related_person.name")
         if "telecom" in values:
             values["telecom"] = normalized(values["telecom"])
         for name, value in values.items():
@@ -200,6 +199,11 @@ class Grant(Owned, Base):
     permissions: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
     create_time: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=text("clock_timestamp()"))
     expire_time: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+
+def _not_blank(name: dict[str, Any], field: str) -> None:
+    if not "".join((name.get("family_name", ""), *name.get("given_names", ()))).strip():
+        raise Invalid("NAME_BLANK", "A name has a family name or a given name.", field=field)
 
 
 def known_day(written: str, field: str) -> None:

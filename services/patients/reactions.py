@@ -119,10 +119,10 @@ async def _is_outdated(db: AsyncSession, event: Event) -> bool:
 
 # First, so that the others of the same event see by the timeline whether it is the latest.
 for _payload, _types in _TIMELINE.items():
-    reactions.on(*_types, payload=_payload)(_on_timeline)
+    reactions.on(*_types, payload=_payload, shares=True)(_on_timeline)
 
 
-@reactions.on("clinic.changed", payload=directory_pb2.Clinic)
+@reactions.on("clinic.changed", payload=directory_pb2.Clinic, shares=True)
 async def keep_calendar(clinic: directory_pb2.Clinic, event: Event, db: AsyncSession) -> None:
     """By full state and version: any order gives the same."""
     await keep_clinic(
@@ -137,19 +137,19 @@ async def keep_calendar(clinic: directory_pb2.Clinic, event: Event, db: AsyncSes
     )
 
 
-@reactions.on("appointment.booked", "appointment.rescheduled", payload=scheduling.AppointmentEvent)
+@reactions.on("appointment.booked", "appointment.rescheduled", payload=scheduling.AppointmentEvent, shares=True)
 async def relate_by_appointment(appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
     """Where a visit is promised, its clinic sees the patient. Relations are only added: any order gives the same."""
     await _relate(db, event, appointment.clinic_id, "appointment")
 
 
-@reactions.on("referral.submitted", payload=referrals.ReferralEvent)
+@reactions.on("referral.submitted", payload=referrals.ReferralEvent, shares=True)
 async def relate_by_referral(referral: referrals.ReferralEvent, event: Event, db: AsyncSession) -> None:
     """The clinic that refers sees the patient."""
     await _relate(db, event, referral.clinic_id, "referral")
 
 
-@reactions.on("appointment.noshow", payload=scheduling.AppointmentEvent)
+@reactions.on("appointment.noshow", payload=scheduling.AppointmentEvent, shares=True)
 async def rebook_no_show(appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
     """A missed visit asks for another one, unless the appointment has moved on from NOSHOW since."""
     await _patient(db, event)
@@ -167,7 +167,11 @@ async def rebook_no_show(appointment: scheduling.AppointmentEvent, event: Event,
 
 
 @reactions.on(
-    "appointment.reverted", "appointment.arrived", "appointment.entered_in_error", payload=scheduling.AppointmentEvent
+    "appointment.reverted",
+    "appointment.arrived",
+    "appointment.entered_in_error",
+    payload=scheduling.AppointmentEvent,
+    shares=True,
 )
 async def forget_no_show(appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
     """It was no no-show: the task of an earlier version is no longer needed, that of a later one is."""
@@ -176,7 +180,7 @@ async def forget_no_show(appointment: scheduling.AppointmentEvent, event: Event,
         await _cancel(db, event, "rebook-no-show", event.type.partition(".")[2].replace("_", "-"))
 
 
-@reactions.on("response.critical", payload=feedback.ResponseEvent)
+@reactions.on("response.critical", payload=feedback.ResponseEvent, shares=True)
 async def answer_critical(response: feedback.ResponseEvent, event: Event, db: AsyncSession) -> None:
     """Somebody must look now."""
     await _open(
@@ -190,13 +194,13 @@ async def answer_critical(response: feedback.ResponseEvent, event: Event, db: As
     )
 
 
-@reactions.on("response.low_score", payload=feedback.ResponseEvent)
+@reactions.on("response.low_score", payload=feedback.ResponseEvent, shares=True)
 async def answer_low_score(response: feedback.ResponseEvent, event: Event, db: AsyncSession) -> None:
     """Somebody calls and asks what went wrong."""
     await _open(db, event, "low-score", "QuestionnaireResponse", clinic_id=response.clinic_id)
 
 
-@reactions.on("message.failed", "message.unknown", payload=notifications.MessageEvent)
+@reactions.on("message.failed", "message.unknown", payload=notifications.MessageEvent, shares=True)
 async def reach_otherwise(message: notifications.MessageEvent, event: Event, db: AsyncSession) -> None:
     """A message that did not arrive, or perhaps not: a person finds out, once per message."""
     if not await _is_outdated(db, event):
@@ -210,13 +214,13 @@ async def reach_otherwise(message: notifications.MessageEvent, event: Event, db:
         )
 
 
-@reactions.on("message.sent", payload=notifications.MessageEvent)
+@reactions.on("message.sent", payload=notifications.MessageEvent, shares=True)
 async def reached_after_all(_message: notifications.MessageEvent, event: Event, db: AsyncSession) -> None:
     """What was unknown turned out to have been sent."""
     await _cancel(db, event, "undelivered-message", "sent")
 
 
-@reactions.on("referral.overdue", payload=referrals.ReferralEvent)
+@reactions.on("referral.overdue", payload=referrals.ReferralEvent, shares=True)
 async def chase_referral(referral: referrals.ReferralEvent, event: Event, db: AsyncSession) -> None:
     """A referral rests beyond its due time: somebody finds out why. Each version that is overdue is an episode."""
     if not await _is_outdated(db, event):
@@ -232,7 +236,7 @@ async def chase_referral(referral: referrals.ReferralEvent, event: Event, db: As
         )
 
 
-@reactions.on("referral.cancelled", payload=referrals.ReferralEvent)
+@reactions.on("referral.cancelled", payload=referrals.ReferralEvent, shares=True)
 async def free_visit(referral: referrals.ReferralEvent, event: Event, db: AsyncSession) -> None:
     """Withdrawn, but its visit stands: a person decides about the visit. What was overdue no longer is."""
     await _cancel(db, event, "referral-overdue", "referral-cancelled")
@@ -250,6 +254,7 @@ async def free_visit(referral: referrals.ReferralEvent, event: Event, db: AsyncS
     "referral.patient_informed",
     "referral.closed",
     payload=referrals.ReferralEvent,
+    shares=True,
 )
 async def referral_went_on(_referral: referrals.ReferralEvent, event: Event, db: AsyncSession) -> None:
     """It moved: what was overdue no longer is."""

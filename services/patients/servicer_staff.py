@@ -121,7 +121,7 @@ class RolesServicer(RolesServiceServicer):
 
 
 async def _change_pool(call: Call, pool: Pool, values: dict) -> None:
-    wanted = set(values.get("staff_ids", ()))
+    wanted = {one.lower() for one in values.get("staff_ids", ())}  # as the database writes a UUID
     known = await call.db.execute(select(Staff.id).where(Staff.tenant_id == call.tenant_id, Staff.id.in_(wanted)))
     if wanted - set(known.scalars()):
         raise Invalid("STAFF_UNKNOWN", "A member is nobody of the staff.", field="pool.staff_ids")

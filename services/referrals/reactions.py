@@ -23,7 +23,7 @@ OVERDUE = "overdue referrals"
 _NEVER_PROMISED = ("PENDING", "PROPOSED", "WAITLIST")
 
 
-@reactions.on("pool.changed", payload=patients.PoolState)
+@reactions.on("pool.changed", payload=patients.PoolState, shares=True)
 async def store_pool(pool: patients.PoolState, event: Event, db: AsyncSession) -> None:
     """By full state and version: any order gives the same."""
     await keep_state(
@@ -37,7 +37,7 @@ async def store_pool(pool: patients.PoolState, event: Event, db: AsyncSession) -
     )
 
 
-@reactions.on("clinic.changed", payload=directory_pb2.Clinic)
+@reactions.on("clinic.changed", payload=directory_pb2.Clinic, shares=True)
 async def store_clinic(clinic: directory_pb2.Clinic, event: Event, db: AsyncSession) -> None:
     """By full state and version: any order gives the same."""
     await keep_state(
@@ -64,6 +64,7 @@ async def store_clinic(clinic: directory_pb2.Clinic, event: Event, db: AsyncSess
     "appointment.reverted",
     "appointment.entered_in_error",
     payload=scheduling.AppointmentEvent,
+    shares=True,
 )
 async def follow_visit(visit: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
     """Keep the visit's latest state, and let the referral follow all its visits.

@@ -14,8 +14,8 @@ from services.scheduling.appointment import DECEASED, Appointment, DeceasedPatie
 reactions = Reactions()
 
 
-@reactions.on("patient.deceased", payload=patients.PatientEvent, alone=True)
-@reactions.on("patient.registered", "patient.updated", payload=patients.PatientEvent)
+@reactions.on("patient.deceased", payload=patients.PatientEvent)
+@reactions.on("patient.registered", "patient.updated", payload=patients.PatientEvent, shares=True)
 async def follow_death(patient: patients.PatientEvent, event: Event, db: AsyncSession) -> None:
     """Who has died is a projection: the newest state decides, and an older event changes nothing.
 

@@ -92,6 +92,7 @@ async def _lives_through(practice: Practice, seconds: float) -> None:
     assert set(killer.killed) >= set(VICTIMS)
     await _everything_acknowledged_is_there(practice, clients)
     await _nothing_overlaps(system)
+    await _nobody_waited_in_a_circle(system)
     await _each_event_is_on_its_topic(system, written, before)
     await _each_event_had_its_effect_once(system, written)
     await _reminders_are_as_planned(practice, clients)
@@ -450,6 +451,15 @@ async def _nothing_overlaps(system: System) -> None:
         " (EXISTS (SELECT FROM occupancy o WHERE o.tenant_id = a.tenant_id AND o.holder_id = a.id))",
     )
     assert row[0] == 0, f"{row[0]} appointments whose time isn't as their status says"
+
+
+async def _nobody_waited_in_a_circle(system: System) -> None:
+    """Requests, consumers' shared transactions and the send loop, since PostgreSQL was killed last: that resets its counts."""
+    for name in topology.SERVICES:
+        row = await select_one(
+            system, name, "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+        )
+        assert row[0] == 0, f"{row[0]} deadlocks in {name}"
 
 
 async def _each_event_is_on_its_topic(
