@@ -46,6 +46,7 @@ _MARK_ALL = text(
     " ON CONFLICT DO NOTHING RETURNING event_id, time"
 )
 _TOGETHER_AT_MOST = 50
+_SHARING_AT_ONCE = 2  # with one an event waits for those before it; more of them hold rows for longer, for nothing
 _TOGETHER_FOR = 0.1  # seconds that it may take, and rows be locked: by this the next one's size is chosen
 _COMMIT_EVERY = 0.5  # what is read again after a crash: the inbox knows it
 _LOOK_EVERY = 0.1  # whether a worker of a partition that is full or being retried has come further
@@ -269,14 +270,14 @@ class Consumer:
             queue = self._queues[partition]
             if self._fit(partition, queue[0]) is None:
                 self._give(self._settle_all(partition, [queue.popleft()]), [partition])
-        # One at a time, as long as it is none that takes long: what comes meanwhile goes together. Several would only hold
-        # their rows for longer.
+        # A few at a time, not counting those that take long: what comes meanwhile goes together.
         young = time.monotonic() - _TOGETHER_FOR
-        busy = any(
-            self._sharing.get(task, 0.0) > young and partition not in self._retrying
+        busy = {
+            task
             for partition, task in self._workers.items()
-        )
-        if busy or not (waiting := self._waiting()):
+            if self._sharing.get(task, 0.0) > young and partition not in self._retrying
+        }
+        if len(busy) >= _SHARING_AT_ONCE or not (waiting := self._waiting()):
             return
         taken = self._take(waiting)
         partitions = dict.fromkeys(each.partition for each in taken)
