@@ -253,10 +253,7 @@ class Call:
         rows: list[A] | None = None
         if self._reading is not None:
             with contextlib.suppress(Unfit):
-                self._sure(wanted.model)
-                rows = await self.runtime.database.statements.fetch(
-                    self._reading, wanted, lambda: self._base(wanted.model), self._named(wanted.model)
-                )
+                rows = await self._page_short(wanted, (), False, 0)
         if rows is None:
             rows = list((await self.db.execute(wanted.narrow(self.select(wanted.model)))).scalars())
         for row in rows:

@@ -38,7 +38,7 @@ _MARK = text(
     " ON CONFLICT DO NOTHING RETURNING time"
 )
 # As above, for several. Ordered, so that two members with the same events don't wait for each other. Whoever waits long
-# while holding other events' rows gives them back; that each then goes by itself, with more patience, costs little.
+# while holding other events' rows gives them back: what waited then goes by itself, with more patience.
 _MARK_ALL = text(
     "WITH patience AS (SELECT set_config('lock_timeout', '250', true))"
     " INSERT INTO inbox (group_name, event_id, type) SELECT :group_name, e.id, e.type"
@@ -104,10 +104,10 @@ class Consumer:
     """Reads `topics` as a member of `group` and applies each event once.
 
     Each partition goes in order. Events that wait share a transaction, whichever partitions they are of; where one of them
-    fails all are rolled back and tried one by one. What goes by itself goes side by side with other partitions (at most
-    `parallel` transactions). What says that something is away is retried in place with its partition paused; everything
-    else is parked in the dead-letter topic with its reason, and later events go on. Nothing is committed before its effect
-    or its parking is.
+    fails all are rolled back, and that one goes by itself (all of them, where it isn't known which). What goes by itself goes
+    side by side with other partitions (at most `parallel` transactions). What says that something is away is retried in
+    place with its partition paused; everything else is parked in the dead-letter topic with its reason, and later events go
+    on. Nothing is committed before its effect or its parking is.
 
     Shared transactions lock rows for several events, and still nobody waits in a circle:
     - Marks come first, all at once and in the order of their ids: who waits for a mark has locked nothing else.
