@@ -60,6 +60,7 @@ CONFLICTS: Final = frozenset(
         "OUTSIDE_HOURS",
         "OVERBOOKING_NOT_ALLOWED",
         "PATIENT_DECEASED",
+        "PREVIOUS_STANDS",
         "TOO_EARLY",
     }
 )

@@ -156,7 +156,7 @@ class Walk:
             values["history"] = [  # type: ignore[assignment]
                 {"action": "planted", "from_status": before.name, "to_status": status.name, "time": _ago(0).isoformat()}
             ]
-        if rpc.method.name == "MarkNoShowAppointment":
+        if rpc.method.name in ("ArriveAppointment", "MarkNoShowAppointment"):
             values |= {"start_time": _ago(2), "end_time": _ago(1)}  # type: ignore[dict-item]
         return values
 

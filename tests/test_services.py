@@ -272,6 +272,7 @@ def test_the_shipped_limits_are_these() -> None:
             "hold_default": 300,
             "offer_lifetime": 900,
             "no_show_grace": 900,
+            "arrival_early": 7200,
             "walk_in": 900,
             "occupancy_kept": 604_800,
         },

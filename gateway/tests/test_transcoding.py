@@ -237,7 +237,15 @@ def test_patch_without_if_match_is_refused() -> None:
 
 
 def test_a_precondition_that_nobody_would_check_is_refused() -> None:
-    assert refused("POST", f"/v1/appointments/{ID}:confirm", None, {"if-match": '"3"'}) == ("FIELD_INVALID", "If-Match")
+    assert refused("POST", "/v1/appointments", {"patientId": ID}, {"if-match": '"3"'}) == ("FIELD_INVALID", "If-Match")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    "book release reschedule confirm arrive checkIn fulfill markNoShow cancel revert enterInError".split(),
+)
+def test_every_verb_of_an_appointment_takes_a_precondition(verb: str) -> None:
+    assert bind("POST", f"/v1/appointments/{ID}:{verb}", None, {"if-match": '"3"'}).etag == '"3"'
 
 
 def test_an_empty_patch_is_refused() -> None:

@@ -7,22 +7,23 @@ _READ = {
 }  # fmt: skip
 _WORK = _READ | {"patients.match", "contacts.write", "tasks.write", "consents.write", "patients.write"}
 _BOOK = {"appointments.book", "appointments.write"}
+_DESK = {"appointments.check_in", "appointments.late_arrival"}
 
 SHIPPED: dict[str, frozenset[str]] = {
     name: frozenset(permissions)
     for name, permissions in {
         "coordinator": _WORK
         | _BOOK
-        | {"appointments.check_in", "tasks.assign", "referrals.write", "referrals.triage", "patients.break_glass"},
-        "scheduler": _WORK | _BOOK | {"appointments.overbook", "appointments.check_in"},
-        "front_desk": _WORK | _BOOK | {"appointments.check_in"},
-        "nurse": _WORK | _BOOK | {"appointments.check_in", "patients.break_glass", "referrals.write"},
+        | {*_DESK, "tasks.assign", "referrals.write", "referrals.triage", "patients.break_glass"},
+        "scheduler": _WORK | _BOOK | {"appointments.overbook", *_DESK},
+        "front_desk": _WORK | _BOOK | _DESK,
+        "nurse": _WORK | _BOOK | {*_DESK, "patients.break_glass", "referrals.write"},
         "clinician": _WORK
-        | {"appointments.check_in", "patients.break_glass", "referrals.write", "referrals.acknowledge"},
+        | {*_DESK, "patients.break_glass", "referrals.write", "referrals.acknowledge"},
         "manager": _WORK
         | _BOOK
         | {
-            "appointments.check_in", "appointments.void", "appointments.overbook", "tasks.assign", "directory.write",
+            *_DESK, "appointments.void", "appointments.overbook", "tasks.assign", "directory.write",
             "pools.write", "referrals.write", "referrals.triage", "accesses.read",
         },
         "quality": _READ | {"questionnaires.write"},

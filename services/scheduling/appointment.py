@@ -62,7 +62,7 @@ class Appointment(Living, Base):
         ("arrive", [Status.BOOKED, Status.NOSHOW], Status.ARRIVED, "arrived"),
         ("check_in", [Status.ARRIVED], Status.CHECKED_IN, "checked_in"),
         ("fulfill", [Status.BOOKED, Status.ARRIVED, Status.CHECKED_IN], Status.FULFILLED, "fulfilled"),
-        ("mark_no_show", [Status.BOOKED, Status.ARRIVED], Status.NOSHOW, "noshow"),
+        ("mark_no_show", [Status.BOOKED, Status.ARRIVED, Status.CHECKED_IN], Status.NOSHOW, "noshow"),
         (
             "cancel",
             [Status.PENDING, Status.BOOKED, Status.ARRIVED, Status.CHECKED_IN],
@@ -98,6 +98,7 @@ class Appointment(Living, Base):
     confirm_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
     overbooking: Mapped[int] = mapped_column(BigInteger, default=0)
     comment: Mapped[str] = mapped_column(Text, default="")
+    previous_appointment_id: Mapped[str | None] = mapped_column(Id)
 
     # -- verbs ---------------------------------------------------------------------------------------------------------
 
@@ -147,12 +148,17 @@ class Appointment(Living, Base):
         self.move("confirm")
         self.confirm_time = now
 
-    def arrive(self, now: datetime) -> None:
-        """The patient is there. Raises FailedPrecondition `NOT_CLINIC_DAY` for a no-show of another day."""
+    def arrive(self, now: datetime, early: timedelta) -> None:
+        """The patient is there, today or up to `early` before the start. Raises FailedPrecondition `NOT_CLINIC_DAY`.
+
+        What has been missed to be written down on the day may be later, but for a no-show.
+        """
         self.lifecycle.arrow("arrive", self.status)
-        if self.status is Status.NOSHOW and self._day(now) != self._day(self.start_time):
+        today, day = self._day(now), self._day(self.start_time)
+        if today != day and (self.status is Status.NOSHOW or (now < self.start_time - early and today < day)):
             raise _not_clinic_day()
         self.move("arrive")
+        self.cancelation_reason = None
 
     def check_in(self) -> None:
         """The patient is checked in."""
@@ -166,24 +172,25 @@ class Appointment(Living, Base):
             )
         self.move("fulfill")
 
-    def mark_no_show(self, now: datetime, grace: timedelta) -> None:
-        """The patient did not come. Raises FailedPrecondition `TOO_EARLY`."""
+    def mark_no_show(self, now: datetime, grace: timedelta, reason: dict[str, Any] | None = None) -> None:
+        """The patient did not come, or left without being seen.
+
+        Raises FailedPrecondition `TOO_EARLY`; Invalid `REASON_UNKNOWN`, `REASON_MISSING` after an arrival.
+        """
         self.lifecycle.arrow("mark_no_show", self.status)
         if now < self.start_time + grace:
             raise FailedPrecondition("TOO_EARLY", "The patient may still come: the grace after the start isn't over.")
-        self.move("mark_no_show")
+        if reason is None and self.status is not Status.BOOKED:
+            raise Invalid("REASON_MISSING", "Why did the patient leave without being seen?", field="reason")
+        self.cancelation_reason = _known(reason) if reason is not None else None
+        self.move("mark_no_show", reason_code=reason["code"] if reason is not None else "")
 
     def cancel(self, reason: dict[str, Any], now: datetime) -> None:
         """It won't take place. Raises Invalid `REASON_UNKNOWN`."""
-        if reason["code"] not in CANCELLATION_REASONS or reason.get("system", REASON_SYSTEM) != REASON_SYSTEM:
-            raise Invalid(
-                "REASON_UNKNOWN",
-                "The reason must be a code of FHIR's appointment-cancellation-reason, such as pat.",
-                field="reason",
-            )
+        known = _known(reason)
         promised = self.status is not Status.PENDING
         self.move("cancel", reason_code=reason["code"])
-        self.cancelation_reason = {**reason, "system": REASON_SYSTEM}
+        self.cancelation_reason = known
         self.late_cancel = promised and now > self.start_time - timedelta(hours=self.late_cancel_hours)
 
     def revert(self, now: datetime) -> None:
@@ -192,6 +199,15 @@ class Appointment(Living, Base):
         if self._day(now) != self._day(datetime.fromisoformat(self.last_step["time"])):
             raise _not_clinic_day()
         self.move("revert")
+        left = [step["reason_code"] for step in self.history if step["action"] == "mark_no_show"][-1:]
+        missed = self.status is Status.NOSHOW and any(left)
+        self.cancelation_reason = _known({"code": left[0]}) if missed else None
+
+    def follow(self, previous: "Appointment") -> None:
+        """Make up for one that did not take place. Raises FailedPrecondition `PREVIOUS_STANDS`."""
+        if previous.status not in (Status.CANCELLED, Status.NOSHOW):
+            raise FailedPrecondition("PREVIOUS_STANDS", "The visit to be made up for was neither cancelled nor missed.")
+        self.previous_appointment_id = previous.id
 
     def enter_in_error(self) -> None:
         """It was made by mistake."""
@@ -242,3 +258,13 @@ class PatientVersion(Base):
 
 def _not_clinic_day() -> FailedPrecondition:
     return FailedPrecondition("NOT_CLINIC_DAY", "This can only be done on the same day in the clinic's zone.")
+
+
+def _known(reason: dict[str, Any]) -> dict[str, Any]:
+    if reason["code"] not in CANCELLATION_REASONS or reason.get("system", REASON_SYSTEM) != REASON_SYSTEM:
+        raise Invalid(
+            "REASON_UNKNOWN",
+            "The reason must be a code of FHIR's appointment-cancellation-reason, such as pat.",
+            field="reason",
+        )
+    return {**reason, "system": REASON_SYSTEM}

@@ -238,7 +238,15 @@ async def choose(
     ended in this very transaction. Raises Invalid `VISIT_TYPE_UNKNOWN`, `CLINIC_UNKNOWN`, `PRACTITIONER_UNKNOWN`;
     FailedPrecondition `OUTSIDE_HOURS`, `PATIENT_DECEASED`; what `Found.choose` raises.
     """
-    found = await _find(db, tenant_id, patient_id, place, moving.id if moving is not None else _NOBODY)
+    own = moving.id if moving is not None else _NOBODY
+    found = await _find(db, tenant_id, patient_id, place, own)
+    locked: set[int] = set()
+    if overbooking is not None and overbooking.permitted:
+        # Those who overbook go one after the other, so that each sees the lanes of those before it.
+        locked = {one.no for one in found.candidates}
+        locked |= set(await occupancy.numbers(db, tenant_id, own)) if moving is not None else set()
+        await occupancy.lock(db, sorted(locked))
+        found = await _find(db, tenant_id, patient_id, place, own)
     notice = 60 * found.visit_type.minimum_notice_minutes
     found.check(int(now.timestamp()) + (notice or -int(walk_in)))
     lanes = found.choose(overbooking)
@@ -248,7 +256,10 @@ async def choose(
         numbers = {one.no for one in lanes}
         if moving is not None:
             numbers |= set(await occupancy.numbers(db, tenant_id, moving.id))
-        await occupancy.lock(db, sorted(numbers))
+        if not locked:
+            await occupancy.lock(db, sorted(numbers))
+        elif not numbers <= locked:  # a room that has just been added: a second lock would be out of order
+            raise LostRace(taken())
     if stale:
         freed += await _end_expired(db, tenant_id, [found.span(one, lanes[one]) for one in stale])
     return Chosen(found, lanes, freed)

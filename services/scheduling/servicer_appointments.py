@@ -17,7 +17,7 @@ from chassis.rivals import Contest
 from chassis.signing import Signer
 from chassis.wire import enum_names, given_time, plain, to_proto, to_time
 from services.scheduling import booking, occupancy, offers
-from services.scheduling.appointment import Appointment
+from services.scheduling.appointment import Appointment, Status
 from services.scheduling.directory import Clinic
 from services.scheduling.offers import Place
 
@@ -69,7 +69,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
         place = _offered(request.offer_token, call) if request.offer_token else _named(request, request.visit_type_id)
         overbooking = _overbooking(request, call)
         chosen = await _choose(call, request.patient_id, place, overbooking)
-        appointment = _new(request, call, chosen)
+        appointment = await _new(request, call, chosen)
         appointment.comment = request.comment
         appointment.book(_reason(chosen, overbooking))
         return await _taken(call, appointment, chosen)
@@ -77,8 +77,8 @@ class AppointmentsServicer(AppointmentsServiceServicer):
     @_the_time
     async def HoldAppointment(self, request: pb.HoldAppointmentRequest, call: Call) -> pb.Appointment:
         chosen = await _choose(call, request.patient_id, _offered(request.offer_token, call))
-        appointment = _new(request, call, chosen)
-        seconds = request.hold_seconds or call.runtime.settings.hold_default  # type: ignore[attr-defined]
+        appointment = await _new(request, call, chosen)
+        seconds = request.hold_seconds if request.HasField("hold_seconds") else call.runtime.settings.hold_default  # type: ignore[attr-defined]
         appointment.hold(call.now + timedelta(seconds=seconds))
         return await _taken(call, appointment, chosen)
 
@@ -96,7 +96,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
         return await _answer(call, appointment)
 
     async def ReleaseAppointment(self, request: pb.ReleaseAppointmentRequest, call: Call) -> pb.Appointment:
-        appointment = await call.get(Appointment, request.id)
+        appointment = await call.get(Appointment, request.id, etag=request.etag)
         appointment.release()
         return await _freed(call, appointment)
 
@@ -117,29 +117,34 @@ class AppointmentsServicer(AppointmentsServiceServicer):
         return await _answer(call, appointment)
 
     async def ConfirmAppointment(self, request: pb.ConfirmAppointmentRequest, call: Call) -> pb.Appointment:
-        appointment = await call.get(Appointment, request.id)
+        appointment = await call.get(Appointment, request.id, etag=request.etag)
         appointment.confirm(call.now)
         return await _answer(call, appointment)
 
     async def ArriveAppointment(self, request: pb.ArriveAppointmentRequest, call: Call) -> pb.Appointment:
-        appointment = await call.get(Appointment, request.id)
-        appointment.arrive(call.now)
+        appointment = await call.get(Appointment, request.id, etag=request.etag)
+        if appointment.status is Status.NOSHOW:
+            call.purpose = "late arrival"
+            call.require("appointments.late_arrival")
+        early = call.runtime.settings.arrival_early  # type: ignore[attr-defined]
+        appointment.arrive(call.now, timedelta(seconds=early))
         return await _answer(call, appointment)
 
     async def CheckInAppointment(self, request: pb.CheckInAppointmentRequest, call: Call) -> pb.Appointment:
-        appointment = await call.get(Appointment, request.id)
+        appointment = await call.get(Appointment, request.id, etag=request.etag)
         appointment.check_in()
         return await _answer(call, appointment)
 
     async def FulfillAppointment(self, request: pb.FulfillAppointmentRequest, call: Call) -> pb.Appointment:
-        appointment = await call.get(Appointment, request.id)
+        appointment = await call.get(Appointment, request.id, etag=request.etag)
         appointment.fulfill()
         return await _answer(call, appointment)
 
     async def MarkNoShowAppointment(self, request: pb.MarkNoShowAppointmentRequest, call: Call) -> pb.Appointment:
-        appointment = await call.get(Appointment, request.id)
+        appointment = await call.get(Appointment, request.id, etag=request.etag)
         grace = call.runtime.settings.no_show_grace  # type: ignore[attr-defined]
-        appointment.mark_no_show(call.now, timedelta(seconds=grace))
+        reason = plain(request.reason) if request.HasField("reason") else None
+        appointment.mark_no_show(call.now, timedelta(seconds=grace), reason)
         return await _answer(call, appointment)
 
     async def CancelAppointment(self, request: pb.CancelAppointmentRequest, call: Call) -> pb.Appointment:
@@ -148,12 +153,12 @@ class AppointmentsServicer(AppointmentsServiceServicer):
         return await _freed(call, appointment)
 
     async def RevertAppointment(self, request: pb.RevertAppointmentRequest, call: Call) -> pb.Appointment:
-        appointment = await call.get(Appointment, request.id)
+        appointment = await call.get(Appointment, request.id, etag=request.etag)
         appointment.revert(call.now)
         return await _answer(call, appointment)
 
     async def EnterInErrorAppointment(self, request: pb.EnterInErrorAppointmentRequest, call: Call) -> pb.Appointment:
-        appointment = await call.get(Appointment, request.id)
+        appointment = await call.get(Appointment, request.id, etag=request.etag)
         appointment.enter_in_error()
         return await _freed(call, appointment)
 
@@ -246,7 +251,7 @@ async def _choose(
     )
 
 
-def _new(request: Any, call: Call, chosen: booking.Chosen) -> Appointment:
+async def _new(request: Any, call: Call, chosen: booking.Chosen) -> Appointment:
     appointment = Appointment(
         tenant_id=call.tenant_id,
         id=new_id(),
@@ -254,6 +259,17 @@ def _new(request: Any, call: Call, chosen: booking.Chosen) -> Appointment:
         based_on=[plain(one) for one in request.based_on],
     )
     appointment.place(**chosen.values())
+    if request.previous_appointment_id:
+        # Only read: the rows of others are never waited for.
+        theirs = call.select(Appointment).where(
+            Appointment.id == request.previous_appointment_id, Appointment.patient_id == request.patient_id
+        )
+        previous = (await call.db.execute(theirs)).scalar_one_or_none()
+        if previous is None:
+            raise Invalid(
+                "PREVIOUS_UNKNOWN", "This patient has no such earlier visit.", field="previous_appointment_id"
+            )
+        appointment.follow(previous)
     return appointment
 
 

@@ -14,6 +14,8 @@ class SchedulingSettings(Settings):
     """How long an offered slot's token is taken."""
     no_show_grace: float = 900
     """After the start; nobody is marked as a no-show before it is over."""
+    arrival_early: float = 7200
+    """A patient may have arrived so long before the start, though the clinic's day of the visit has not begun."""
     walk_in: float = 900
     """Staff may still book a start that is past by so much, unless the visit type wants notice."""
     occupancy_kept: float = Field(default=7 * 86400, ge=2 * 86400)

@@ -24,7 +24,7 @@ from chassis.ids import new_id
 
 WORK = [
     "directory.read", "directory.write", "availability.search", "appointments.read", "appointments.book",
-    "appointments.write", "appointments.check_in", "appointments.void",
+    "appointments.write", "appointments.check_in", "appointments.late_arrival", "appointments.void",
 ]  # fmt: skip
 ALWAYS = [{"weekday": day, "start": "00:00", "end": "00:00"} for day in range(1, 8)]
 
@@ -35,7 +35,7 @@ def soon(days=2, hour=15):
 
 
 class Desk:
-    """Calls as staff of one clinic; `sam` may overbook too."""
+    """Calls as staff of one clinic; `sam` may overbook too, `dora` may not undo a no-show by arriving."""
 
     def __init__(self, harness, bus_url=""):
         self.harness = harness
@@ -47,6 +47,7 @@ class Desk:
         self.clinic = await self.a_clinic(zone, **clinic)
         await self.harness.staff("cora", WORK, clinics=[self.clinic])
         await self.harness.staff("sam", [*WORK, "appointments.overbook"], clinics=[self.clinic])
+        await self.harness.staff("dora", sorted({*WORK} - {"appointments.late_arrival"}), clinics=[self.clinic])
         await self.harness.staff("elias", WORK, clinics=["01890000-0000-7000-8000-00000000dead"])
         self.doctor = await self.a_practitioner("Abara")
         self.other = await self.a_practitioner("Beck")
