@@ -18,7 +18,7 @@ from services.scheduling.occupancy import LANES, PACKED, Span
 from services.scheduling.offers import Place
 
 _PATIENT, _PRACTITIONER = "patient", "practitioner"
-_NOBODY = "00000000-0000-0000-0000-000000000000"
+NOBODY = "00000000-0000-0000-0000-000000000000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,6 @@ class Found:
         Raises AlreadyExists `SLOT_TAKEN`, `PATIENT_BUSY`, `OVERBOOKING_CAP_REACHED`; PermissionDenied or
         FailedPrecondition `OVERBOOKING_NOT_ALLOWED`.
         """
-        patient = self._of(_PATIENT)[0]
         practitioner = self._of(_PRACTITIONER)[0]
         groups = [[practitioner], *(self._rooms(kind, practitioner.no) for kind in self.visit_type.resource_kinds)]
         if any(not group for group in groups):
@@ -109,10 +108,11 @@ class Found:
             best = min(group, key=lambda one: (one.lane(cap) is None, bool(one.live), one.stale))
             chosen[best] = self._lane(best, cap)
         overlaps = overbooking is not None and overbooking.patient_overlap
-        lane = patient.lane(LANES - 1 if overlaps else 0)
-        if lane is None:
-            raise busy()
-        chosen[patient] = lane
+        for patient in self._of(_PATIENT):  # none for a session
+            lane = patient.lane(LANES - 1 if overlaps else 0)
+            if lane is None:
+                raise busy()
+            chosen[patient] = lane
         return chosen
 
     def _cap(self, overbooking: Overbooking | None, groups: Sequence[Sequence[Candidate]]) -> int:
@@ -161,13 +161,23 @@ class Chosen:
 
     found: Found
     lanes: dict[Candidate, int]
-    freed: Sequence[str]
+    freed: Sequence[str] = ()
     """Whose rows go: the appointment that moves, expired holds that were ended for it."""
 
     @property
     def overbooking(self) -> int:
         """Which overbooking of the practitioner's time it is."""
         return next(lane for one, lane in self.lanes.items() if one.kind == _PRACTITIONER)
+
+    @property
+    def spans(self) -> list[Span]:
+        """All that is taken."""
+        return [self.found.span(one, lane) for one, lane in self.lanes.items()]
+
+    @property
+    def stale(self) -> list[Span]:
+        """Where expired holds stand in the way."""
+        return [self.found.span(one, lane) for one, lane in self.lanes.items() if one.stale]
 
     def values(self) -> dict[str, Any]:
         """What an appointment says about it."""
@@ -206,7 +216,7 @@ class Chosen:
             db,
             appointment.tenant_id,
             appointment.id,
-            [self.found.span(one, lane) for one, lane in self.lanes.items()],
+            self.spans,
             patient_id=appointment.patient_id,
             expire_time=appointment.hold_expire_time if appointment.status is Status.PENDING else None,
             freed=self.freed,
@@ -219,6 +229,27 @@ class Chosen:
         # Another room, or the next lane, may do; and all at once are gone for somebody who has just died.
         again = _PRACTITIONER not in lost or self.overbooking or len(missing) == len(self.lanes)
         raise LostRace(taken()) if again else taken()
+
+
+async def look(
+    db: AsyncSession,
+    tenant_id: str,
+    patient_id: str | None,
+    place: Place,
+    now: datetime,
+    *,
+    walk_in: float = 0,
+    overbooking: Overbooking | None = None,
+    moving: str = "",
+) -> Chosen:
+    """Check what is wanted and choose the resources; nothing is changed, nobody is locked.
+
+    `moving` is a holder whose own rows don't count; without a patient it is for a session. Raises as `choose` does.
+    """
+    found = await _find(db, tenant_id, patient_id, place, moving or NOBODY)
+    notice = 60 * found.visit_type.minimum_notice_minutes
+    found.check(int(now.timestamp()) + (notice or -int(walk_in)))
+    return Chosen(found, found.choose(overbooking))
 
 
 async def choose(
@@ -238,34 +269,30 @@ async def choose(
     ended in this very transaction. Raises Invalid `VISIT_TYPE_UNKNOWN`, `CLINIC_UNKNOWN`, `PRACTITIONER_UNKNOWN`;
     FailedPrecondition `OUTSIDE_HOURS`, `PATIENT_DECEASED`; what `Found.choose` raises.
     """
-    own = moving.id if moving is not None else _NOBODY
-    found = await _find(db, tenant_id, patient_id, place, own)
+    own = moving.id if moving is not None else ""
     locked: set[int] = set()
     if overbooking is not None and overbooking.permitted:
         # Those who overbook go one after the other, so that each sees the lanes of those before it.
-        locked = {one.no for one in found.candidates}
-        locked |= set(await occupancy.numbers(db, tenant_id, own)) if moving is not None else set()
+        locked = {one.no for one in (await _find(db, tenant_id, patient_id, place, own or NOBODY)).candidates}
+        locked |= set(await occupancy.numbers(db, tenant_id, own)) if own else set()
         await occupancy.lock(db, sorted(locked))
-        found = await _find(db, tenant_id, patient_id, place, own)
-    notice = 60 * found.visit_type.minimum_notice_minutes
-    found.check(int(now.timestamp()) + (notice or -int(walk_in)))
-    lanes = found.choose(overbooking)
-    freed = [moving.id] if moving is not None else []
-    stale = [one for one in lanes if one.stale]
-    if stale or moving is not None:
-        numbers = {one.no for one in lanes}
-        if moving is not None:
-            numbers |= set(await occupancy.numbers(db, tenant_id, moving.id))
+    chosen = await look(db, tenant_id, patient_id, place, now, walk_in=walk_in, overbooking=overbooking, moving=own)
+    freed = [own] if own else []
+    stale = chosen.stale
+    if stale or own:
+        numbers = {one.no for one in chosen.lanes}
+        if own:
+            numbers |= set(await occupancy.numbers(db, tenant_id, own))
         if not locked:
             await occupancy.lock(db, sorted(numbers))
         elif not numbers <= locked:  # a room that has just been added: a second lock would be out of order
             raise LostRace(taken())
     if stale:
-        freed += await _end_expired(db, tenant_id, [found.span(one, lanes[one]) for one in stale])
-    return Chosen(found, lanes, freed)
+        freed += await end_expired(db, tenant_id, stale)
+    return Chosen(chosen.found, chosen.lanes, freed)
 
 
-async def _find(db: AsyncSession, tenant_id: str, patient_id: str, place: Place, own: str) -> Found:
+async def _find(db: AsyncSession, tenant_id: str, patient_id: str | None, place: Place, own: str) -> Found:
     """All that a booking must know, in one statement; whoever has no number yet gets one."""
     values = {
         "tenant": tenant_id,
@@ -318,7 +345,7 @@ async def _find(db: AsyncSession, tenant_id: str, patient_id: str, place: Place,
     )
 
 
-async def _end_expired(db: AsyncSession, tenant_id: str, spans: Sequence[Span]) -> list[str]:
+async def end_expired(db: AsyncSession, tenant_id: str, spans: Sequence[Span]) -> list[str]:
     """End the expired holds that stand in these spans; those that another has in hand are left to it."""
     holders = [
         row.holder_id
@@ -372,7 +399,7 @@ WITH kind AS (
 ), seen AS (
   SELECT * FROM practitioner WHERE tenant_id = :tenant AND id = :practitioner
 ), candidate AS (
-  SELECT '{_PATIENT}' AS kind, :patient AS ref_id, 0 AS before, 0 AS after FROM kind, seen
+  SELECT '{_PATIENT}' AS kind, :patient AS ref_id, 0 AS before, 0 AS after FROM kind, seen WHERE :patient IS NOT NULL
   UNION ALL
   SELECT '{_PRACTITIONER}', seen.id, buffer_before_minutes, buffer_after_minutes FROM kind, seen
   UNION ALL

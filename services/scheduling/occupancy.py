@@ -6,13 +6,15 @@ packed into an int8 (29 bits, 2 bits, 32 bits). Lane 0 is the normal one, 1 to 3
 **Why nothing here deadlocks.** A transaction waits for locks in this order, and never for an earlier kind while it holds
 a later one:
 
-1. appointment rows: its own one before anything else; others' with SKIP LOCKED or NOWAIT, so never waiting;
-2. `bookable` rows, by number, only by whatever releases *and* takes: `lock`;
-3. `occupancy`, by number: `take` inserts by number, and where it also releases, a number's old row goes right before its
-   new one comes; rows of other numbers go last, since deleting waits for nobody.
+1. appointment rows: its own one before anything else (a series' or session's own ones by id, after the series' row); others'
+   with SKIP LOCKED or NOWAIT, so never waiting. Then the row of the session, of several by id;
+2. `bookable` rows, by number, only by whatever releases *and* takes, or takes more than one time of a number: `lock`;
+3. `occupancy`, by number: `take` inserts by number, and where it also releases, a number's old rows go right before its
+   new ones come; rows of other numbers go last, since deleting waits for nobody.
 
-Who only takes needs no lock of kind 2: by 3 it waits at a number while it holds lower ones only. Two that release and
-take at the same number would each wait for the other's deletion; kind 2 is for them.
+Who only takes one time of each needs no lock of kind 2: by 3 it waits at a number while it holds lower ones only. Two that
+release and take at the same number would each wait for the other's deletion, and two that take several times of it for
+each other's second one; kind 2 is for them.
 """
 
 from collections.abc import Sequence
@@ -75,7 +77,7 @@ class Occupancy(Base):
     )
 
     tenant_id: Mapped[str] = mapped_column(Id, primary_key=True)
-    holder_id: Mapped[str] = mapped_column(Id, primary_key=True)  # an appointment
+    holder_id: Mapped[str] = mapped_column(Id, primary_key=True)  # an appointment or a session
     no: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     lane: Mapped[int] = mapped_column(BigInteger)
     during: Mapped[object] = mapped_column(INT8RANGE)
@@ -92,14 +94,22 @@ class Span(NamedTuple):
     end: int
 
 
+class Taking(NamedTuple):
+    """What one of several holders takes."""
+
+    holder_id: str
+    patient_id: str
+    span: Span
+
+
 async def lock(db: AsyncSession, numbers: Sequence[int]) -> None:
     """Keep others that release and take away from these resources; before releasing anything."""
     await db.execute(_LOCK, {"nos": list(numbers)})
 
 
-async def numbers(db: AsyncSession, tenant_id: str, holder_id: str) -> list[int]:
-    """The numbers of all that a holder has."""
-    return list((await db.execute(_NUMBERS, {"tenant": tenant_id, "holder": holder_id})).scalars())
+async def numbers(db: AsyncSession, tenant_id: str, *holder_ids: str) -> list[int]:
+    """The numbers of all that these holders have."""
+    return list((await db.execute(_NUMBERS, {"tenant": tenant_id, "holders": list(holder_ids)})).scalars())
 
 
 async def take(
@@ -135,6 +145,42 @@ async def take(
     return {span.no for span in spans} - {row.no for row in rows}
 
 
+async def take_all(
+    db: AsyncSession, tenant_id: str, takings: Sequence[Taking], *, freed: Sequence[str] = ()
+) -> set[tuple[str, int]]:
+    """Take for several holders, giving back all that the holders `freed` have. All numbers of both must be locked.
+
+    Answers (holder, number) of what was not to be had; unless it is empty the transaction must be rolled back.
+    """
+    takings = sorted(takings, key=lambda one: one.span)
+    taken: set[tuple[str, int]] = set()
+    old = set(await numbers(db, tenant_id, *freed)) if freed else set()
+    run: list[Taking] = []
+
+    async def flush() -> None:
+        if run:
+            columns = {name: [getattr(one.span, name) for one in run] for name in ("lane", "start", "end")}
+            values = {
+                "tenant": tenant_id,
+                "nos": [one.span.no for one in run],
+                "holders": [one.holder_id for one in run],
+                "patients": [one.patient_id for one in run],
+            }
+            taken.update((row.holder_id, row.no) for row in await db.execute(_TAKE_ALL, {**values, **columns}))
+            run.clear()
+
+    for one in takings:
+        if one.span.no in old:
+            await flush()
+            await db.execute(_FREE_AT, {"tenant": tenant_id, "holders": list(freed), "no": one.span.no})
+            old.remove(one.span.no)
+        run.append(one)
+    await flush()
+    for no in sorted(old):
+        await db.execute(_FREE_AT, {"tenant": tenant_id, "holders": list(freed), "no": no})
+    return {(one.holder_id, one.span.no) for one in takings} - taken
+
+
 async def keep(db: AsyncSession, tenant_id: str, holder_id: str) -> int:
     """Make a hold's rows stay for good; answers how many of them were still standing."""
     rows = await db.execute(_KEEP, {"tenant": tenant_id, "holder": holder_id})
@@ -158,7 +204,9 @@ _INSERT = "INSERT INTO occupancy (tenant_id, holder_id, no, lane, during, expire
 _LOCK = text("SELECT no FROM bookable WHERE no = ANY(:nos) ORDER BY no FOR NO KEY UPDATE").bindparams(
     bindparam("nos", type_=_INTS)
 )
-_NUMBERS = text("SELECT no FROM occupancy WHERE tenant_id = :tenant AND holder_id = :holder").bindparams(*_WHOSE)
+_NUMBERS = text("SELECT DISTINCT no FROM occupancy WHERE tenant_id = :tenant AND holder_id = ANY(:holders)").bindparams(
+    bindparam("tenant", type_=_UUID), bindparam("holders", type_=_UUIDS)
+)
 _TAKE = text(
     f"{_INSERT} SELECT :tenant, :holder, s.no, s.lane,"
     f" int8range({PACKED.format(no='s.no', lane='s.lane')} + s.first,"
@@ -171,6 +219,23 @@ _TAKE = text(
     bindparam("expire", type_=DateTime(timezone=True)),
     *(bindparam(name, type_=_INTS) for name in ("nos", "lane", "start", "end")),
 )
+_TAKE_ALL = text(
+    f"{_INSERT} SELECT :tenant, s.holder, s.no, s.lane,"
+    f" int8range({PACKED.format(no='s.no', lane='s.lane')} + s.first,"
+    f" {PACKED.format(no='s.no', lane='s.lane')} + s.last), NULL"
+    " FROM unnest(:holders, :patients, :nos, :lane, :start, :end) AS s(holder, patient, no, lane, first, last)"
+    f" WHERE {_ALIVE.replace(':patient', 's.patient')}"
+    " ORDER BY s.no, s.lane, s.first ON CONFLICT DO NOTHING RETURNING holder_id, no"
+).bindparams(
+    bindparam("tenant", type_=_UUID),
+    *(bindparam(name, type_=_UUIDS) for name in ("holders", "patients")),
+    *(bindparam(name, type_=_INTS) for name in ("nos", "lane", "start", "end")),
+).columns(holder_id=_UUID, no=BigInteger)  # fmt: skip
+_FREE_AT = text(
+    "DELETE FROM occupancy WHERE tenant_id = :tenant AND holder_id = ANY(:holders) AND no = :no"
+).bindparams(
+    bindparam("tenant", type_=_UUID), bindparam("holders", type_=_UUIDS), bindparam("no", type_=BigInteger)
+)  # fmt: skip
 # Whether somebody or something stands in the way of all that would begin in a second, unless it is overbooked.
 TAKEN = text(
     "SELECT o.no FROM bookable b JOIN occupancy o"
