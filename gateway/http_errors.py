@@ -50,9 +50,11 @@ BY_REASON: Final[Mapping[str, int]] = {
 CONFLICTS: Final = frozenset(
     {
         "ADMIN_NEEDED",
+        "APPOINTMENT_NOT_BOOKED",
         "CLINIC_UNKNOWN",
         "CLINIC_WITHOUT_ZONE",
         "HOLD_EXPIRED",
+        "LETTER_NOT_SENT",
         "MANAGED_OUTSIDE",
         "NOT_CLINIC_DAY",
         "NO_POOL",

@@ -156,6 +156,8 @@ class Walk:
             values["history"] = [  # type: ignore[assignment]
                 {"action": "planted", "from_status": before.name, "to_status": status.name, "time": _ago(0).isoformat()}
             ]
+        if rpc.method.name == "BookSchedulingRequest" and model.__name__ == "Appointment":
+            values["status"] = "BOOKED"
         if rpc.method.name in ("ArriveAppointment", "MarkNoShowAppointment"):
             values |= {"start_time": _ago(2), "end_time": _ago(1)}  # type: ignore[dict-item]
         return values
@@ -226,6 +228,7 @@ BY_HAND: dict[str, Callable[[Any, str, Walk], None]] = {
     "CreateAppointment": lambda request, _id, walk: _set(request, clinic_id="", offer_token=walk.offers.pop()),
     "HoldAppointment": lambda request, _id, walk: _set(request, offer_token=walk.offers.pop()),
     "RescheduleAppointment": _reschedule,
+    "BookSchedulingRequest": lambda request, row_id, _walk: _set(request, appointment_id=row_id),
     "CancelAppointment": lambda request, _id, _walk: _set(request.reason, code="pat"),
     "CreateConsent": lambda request, _id, _walk: _set(request.consent, contact_value=_PHONE["value"]),
     "CreateLogin": lambda request, _id, _walk: _set(request.login.person, type="Patient"),

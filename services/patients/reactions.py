@@ -10,6 +10,7 @@ from care.patients.v1 import events_pb2 as own
 from care.referrals.v1 import events_pb2 as referrals
 from care.scheduling.v1 import directory_pb2
 from care.scheduling.v1 import events_pb2 as scheduling
+from care.scheduling.v1 import requests_pb2 as requests
 from google.protobuf.message import Message
 from sqlalchemy import Text, bindparam, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -54,6 +55,16 @@ _TIMELINE: dict[type[Message], tuple[str, ...]] = {
         "referral.cancelled",
         "referral.overdue",
     ),
+    requests.SchedulingRequestEvent: (
+        "scheduling_request.opened",
+        "scheduling_request.attempted",
+        "scheduling_request.letter_due",
+        "scheduling_request.letter_sent",
+        "scheduling_request.booked",
+        "scheduling_request.reopened",
+        "scheduling_request.closed",
+        "scheduling_request.overdue",
+    ),
     notifications.MessageEvent: ("message.sent", "message.failed", "message.suppressed", "message.unknown"),
     feedback.SurveyEvent: ("survey.invited", "survey.completed"),
     feedback.ResponseEvent: ("response.low_score", "response.critical"),
@@ -76,6 +87,7 @@ _TIMELINE: dict[type[Message], tuple[str, ...]] = {
 SOURCES = {
     "appointment": "Appointment",
     "referral": "Referral",
+    "scheduling_request": "SchedulingRequest",
     "message": "Message",
     "survey": "SurveyInvitation",
     "response": "QuestionnaireResponse",
@@ -259,6 +271,35 @@ async def free_visit(referral: referrals.ReferralEvent, event: Event, db: AsyncS
 async def referral_went_on(_referral: referrals.ReferralEvent, event: Event, db: AsyncSession) -> None:
     """It moved: what was overdue no longer is."""
     await _cancel(db, event, "referral-overdue", "moved-on")
+
+
+@reactions.on("scheduling_request.overdue", payload=requests.SchedulingRequestEvent, shares=True)
+async def chase_request(request: requests.SchedulingRequestEvent, event: Event, db: AsyncSession) -> None:
+    """Nobody called in time: somebody finds out why. Each version that is overdue is an episode."""
+    if not await _is_outdated(db, event):
+        await _open(
+            db,
+            event,
+            "request-overdue",
+            "SchedulingRequest",
+            clinic_id=request.clinic_id,
+            purpose="scheduling",
+            episode=str(event.version),
+            reason_code=request.status.lower().replace("_", "-"),
+        )
+
+
+@reactions.on(
+    "scheduling_request.attempted",
+    "scheduling_request.letter_sent",
+    "scheduling_request.booked",
+    "scheduling_request.closed",
+    payload=requests.SchedulingRequestEvent,
+    shares=True,
+)
+async def request_went_on(_request: requests.SchedulingRequestEvent, event: Event, db: AsyncSession) -> None:
+    """It moved: what was overdue no longer is."""
+    await _cancel(db, event, "request-overdue", "moved-on")
 
 
 async def _patient(db: AsyncSession, event: Event) -> Patient | None:

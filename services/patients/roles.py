@@ -3,10 +3,11 @@
 _READ = {
     "self.read", "patients.read", "timeline.read", "consents.read", "contacts.read", "staff.read", "pools.read",
     "tasks.read", "directory.read", "availability.search", "appointments.read", "referrals.read", "reminders.read",
-    "messages.read", "questionnaires.read", "surveys.read",
+    "messages.read", "questionnaires.read", "surveys.read", "requests.read",
 }  # fmt: skip
-_WORK = _READ | {"patients.match", "contacts.write", "tasks.write", "consents.write", "patients.write"}
-_BOOK = {"appointments.book", "appointments.write"}
+_WORK = _READ | {"patients.match", "contacts.write", "tasks.write", "consents.write", "patients.write", "requests.ask"}
+_BOOK = {"appointments.book", "appointments.write", "requests.work"}
+_SELF = {"appointments.book", "appointments.write", "requests.read", "requests.ask"}
 _DESK = {"appointments.check_in", "appointments.late_arrival"}
 
 SHIPPED: dict[str, frozenset[str]] = {
@@ -37,8 +38,8 @@ SHIPPED: dict[str, frozenset[str]] = {
             "self.read", "staff.read", "staff.write", "pools.read", "pools.write", "roles.write", "directory.read",
             "directory.write", "directory.import", "patients.import", "questionnaires.read", "questionnaires.write",
         },
-        "patient": {"self.read", "patients.read", "appointments.read", "availability.search", "timeline.read", *_BOOK},
-        "proxy": {"self.read", "patients.read", "appointments.read", "availability.search", "timeline.read", *_BOOK},
+        "patient": {"self.read", "patients.read", "appointments.read", "availability.search", "timeline.read", *_SELF},
+        "proxy": {"self.read", "patients.read", "appointments.read", "availability.search", "timeline.read", *_SELF},
     }.items()
 }  # fmt: skip
 

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from care.scheduling.v1 import appointments_pb2, directory_pb2, events_pb2
+from care.scheduling.v1 import appointments_pb2, directory_pb2, events_pb2, requests_pb2
 
 from chassis import calendar
-from chassis.errors import AlreadyExists
+from chassis.errors import Aborted, AlreadyExists
 from chassis.service import Service
 from chassis.timers import Loop
 from services.scheduling.directory import Base
 from services.scheduling.expiry import expire_holds
-from services.scheduling.reactions import reactions
+from services.scheduling.reactions import OVERDUE, reactions, tell_overdue_requests
 from services.scheduling.servicer_appointments import AppointmentsServicer
 from services.scheduling.servicer_availability import AvailabilityServicer
 from services.scheduling.servicer_directory import (
@@ -20,6 +20,7 @@ from services.scheduling.servicer_directory import (
     SchedulesServicer,
     VisitTypesServicer,
 )
+from services.scheduling.servicer_requests import SchedulingPreferencesServicer, SchedulingRequestsServicer
 from services.scheduling.settings import SchedulingSettings
 from services.scheduling.tidying import EVERY_SECONDS, delete_old_occupancy
 
@@ -35,6 +36,8 @@ SERVICE = Service(
         directory_pb2.DESCRIPTOR.services_by_name["SchedulesService"]: SchedulesServicer(),
         appointments_pb2.DESCRIPTOR.services_by_name["AvailabilityService"]: AvailabilityServicer(),
         appointments_pb2.DESCRIPTOR.services_by_name["AppointmentsService"]: AppointmentsServicer(),
+        requests_pb2.DESCRIPTOR.services_by_name["SchedulingRequestsService"]: SchedulingRequestsServicer(),
+        requests_pb2.DESCRIPTOR.services_by_name["SchedulingPreferencesService"]: SchedulingPreferencesServicer(),
     },
     payloads={
         "clinic": directory_pb2.Clinic,
@@ -44,11 +47,14 @@ SERVICE = Service(
         "schedule": directory_pb2.Schedule,
         "appointment": events_pb2.AppointmentEvent,
         "hold": events_pb2.AppointmentEvent,
+        "scheduling_request": requests_pb2.SchedulingRequestEvent,
     },
     reactions=reactions,
+    hears=("referrals",),
     warm=(calendar.warm,),
     loops=(
         Loop("hold expiry", expire_holds, every=1.0),
+        Loop(OVERDUE, tell_overdue_requests, every=5.0),
         Loop("old occupancy", delete_old_occupancy, every=EVERY_SECONDS),
     ),
     settings=SchedulingSettings,
@@ -60,6 +66,16 @@ SERVICE = Service(
             "An identifier belongs to another entry of the directory.",
         ),
         "visit_type_code_key": (AlreadyExists, "CODE_TAKEN", "A visit type with this code exists."),
+        "scheduling_request_referral_key": (
+            AlreadyExists,
+            "REQUEST_EXISTS",
+            "There is a request for a visit on this referral.",
+        ),
+        "scheduling_preferences_pkey": (
+            Aborted,
+            "PREFERENCES_CHANGED",
+            "Somebody else has just set them; read them again.",
+        ),
         "schedule_practitioner_key": (
             AlreadyExists,
             "SCHEDULE_EXISTS",

@@ -20,6 +20,7 @@ from services.scheduling import booking, occupancy, offers
 from services.scheduling.appointment import Appointment, Status
 from services.scheduling.directory import Clinic
 from services.scheduling.offers import Place
+from services.scheduling.scheduling_request import follow_visit
 
 
 class Wanting(Protocol):
@@ -278,10 +279,12 @@ async def _taken(call: Call, appointment: Appointment, chosen: booking.Chosen) -
     call.db.add(appointment)
     await call.db.flush()
     await chosen.take(call.db, appointment)
-    return to_proto(appointment, pb.Appointment)
+    return await _answer(call, appointment)
 
 
 async def _answer(call: Call, appointment: Appointment) -> pb.Appointment:
+    if appointment.based_on:
+        await follow_visit(call.db, appointment, call.now)
     await call.db.flush()
     return to_proto(appointment, pb.Appointment)
 
