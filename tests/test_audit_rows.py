@@ -58,7 +58,7 @@ class Walk:
     def __init__(self, world: World) -> None:
         self.world = world
         self.called: dict[str, Called] = {}
-        self.auditor = self.outsider = self.clinic = self.practitioner = self.visit_type = self.pool = ""
+        self.auditor = self.outsider = self.clinic = self.doctor = self.practitioner = self.visit_type = self.pool = ""
         self.offers: list[str] = []
         self.booked: list[str] = []
 
@@ -81,14 +81,14 @@ class Walk:
         await self.world.harness.staff("booker", sorted(PERMISSIONS), clinics=[self.clinic])
         practitioner = directory_pb2.Practitioner(name={"family_name": "A"}, roles=[{"clinic_id": self.clinic}])
         request = directory_pb2.CreatePractitionerRequest(practitioner=practitioner)
-        doctor = await self._make(PractitionersServiceStub, "CreatePractitioner", request)
+        self.doctor = await self._make(PractitionersServiceStub, "CreatePractitioner", request)
         self.practitioner = await self._make(PractitionersServiceStub, "CreatePractitioner", request)
         visit_type = directory_pb2.VisitType(code="audited", name="Audited", duration_minutes=30)
         self.visit_type = await self._make(
             VisitTypesServiceStub, "CreateVisitType", directory_pb2.CreateVisitTypeRequest(visit_type=visit_type)
         )
-        hours = [{"weekday": day, "start": "08:00", "end": "18:00"} for day in range(1, 8)]
-        schedule = directory_pb2.Schedule(practitioner_id=doctor, clinic_id=self.clinic, weekly_hours=hours)
+        hours = [{"weekday": day, "start": "00:00", "end": "00:00"} for day in range(1, 8)]
+        schedule = directory_pb2.Schedule(practitioner_id=self.doctor, clinic_id=self.clinic, weekly_hours=hours)
         await self._make(SchedulesServiceStub, "CreateSchedule", directory_pb2.CreateScheduleRequest(schedule=schedule))
         for purpose in ("privacy", "coordination", "referrals", "urgent"):
             pool = staff_pb2.Pool(name=f"audited {purpose}", purpose=purpose)
@@ -226,6 +226,10 @@ BY_HAND: dict[str, Callable[[Any, str, Walk], None]] = {
     "CreateSchedule": lambda request, _id, walk: _set(request.schedule, practitioner_id=walk.practitioner),
     "SearchAvailability": lambda request, _id, walk: _set(request, visit_type_id=walk.visit_type),
     "CreateAppointment": lambda request, _id, walk: _set(request, clinic_id="", offer_token=walk.offers.pop()),
+    "WalkInAppointment": lambda request, _id, walk: (
+        _set(request, visit_type_id=walk.visit_type, practitioner_id=walk.doctor)
+        or _set(request.overbooking, reason="audited")
+    ),
     "HoldAppointment": lambda request, _id, walk: _set(request, offer_token=walk.offers.pop()),
     "RescheduleAppointment": _reschedule,
     "BookSchedulingRequest": lambda request, row_id, _walk: _set(request, appointment_id=row_id),

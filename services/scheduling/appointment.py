@@ -99,6 +99,7 @@ class Appointment(Living, Base):
     overbooking: Mapped[int] = mapped_column(BigInteger, default=0)
     comment: Mapped[str] = mapped_column(Text, default="")
     previous_appointment_id: Mapped[str | None] = mapped_column(Id)
+    walk_in: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
 
     # -- verbs ---------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ packed into an int8 (29 bits, 2 bits, 32 bits). Lane 0 is the normal one, 1 to 3
 **Why nothing here deadlocks.** A transaction waits for locks in this order, and never for an earlier kind while it holds
 a later one:
 
+0. of a walk-in, its clinic's row;
 1. appointment rows: its own one before anything else (a series' or session's own ones by id, after the series' row); others'
    with SKIP LOCKED or NOWAIT, so never waiting. Then the row of the session, of several by id;
 2. `bookable` rows, by number, only by whatever releases *and* takes, or takes more than one time of a number: `lock`;

@@ -1,14 +1,13 @@
 """Appointments over gRPC: each RPC is one verb of the lifecycle."""
 
 import contextlib
-from datetime import date, datetime, time, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from care.scheduling.v1 import appointments_pb2 as pb
 from care.scheduling.v1.appointments_pb2_grpc import AppointmentsServiceServicer
 from sqlalchemy import select
 
-from chassis.calendar import at_local
 from chassis.call import Call
 from chassis.errors import FailedPrecondition, Invalid, Problem
 from chassis.ids import new_id
@@ -16,7 +15,7 @@ from chassis.reading import Rows
 from chassis.rivals import Contest
 from chassis.signing import Signer
 from chassis.wire import enum_names, given_time, plain, to_proto, to_time
-from services.scheduling import booking, occupancy, offers
+from services.scheduling import booking, days, occupancy, offers, walkins
 from services.scheduling.appointment import Appointment, Status
 from services.scheduling.directory import Clinic
 from services.scheduling.offers import Place
@@ -82,6 +81,29 @@ class AppointmentsServicer(AppointmentsServiceServicer):
         seconds = request.hold_seconds if request.HasField("hold_seconds") else call.runtime.settings.hold_default  # type: ignore[attr-defined]
         appointment.hold(call.now + timedelta(seconds=seconds))
         return await _taken(call, appointment, chosen)
+
+    async def WalkInAppointment(self, request: pb.WalkInAppointmentRequest, call: Call) -> pb.Appointment:
+        call.require("appointments.book")
+        await call.subject(request.patient_id)
+        # Locked: those who come together go one after the other, so that each sees what is left.
+        zone = await _zone_of(request.clinic_id, call, "clinic_id", locked=True)
+        now = call.now.replace(second=0, microsecond=0)
+        wanted = Place(request.visit_type_id, request.clinic_id, request.practitioner_id, int(now.timestamp()))
+        overbooking = _overbooking(request, call)
+        if overbooking is None:
+            wanted = await walkins.soonest(call.db, call.tenant_id, request.patient_id, wanted, call.now, zone)
+        elif not request.practitioner_id:
+            raise Invalid("PLACE_MISSING", "Whose time is to be overbooked?", field="practitioner_id")
+        chosen = await _choose(call, request.patient_id, wanted, overbooking)
+        appointment = await _new(request, call, chosen)
+        appointment.walk_in, appointment.comment = True, request.comment
+        appointment.book(_reason(chosen, overbooking))
+        call.db.add(appointment)
+        # Booked first, then there: each is an event with a version of its own.
+        await call.db.flush()
+        await walkins.take(call.db, chosen, appointment)
+        appointment.arrive(call.now, timedelta(0))
+        return await _answer(call, appointment)
 
     async def BookAppointment(self, request: pb.BookAppointmentRequest, call: Call) -> pb.Appointment:
         appointment = await call.get(Appointment, request.id, etag=request.etag)
@@ -298,18 +320,19 @@ async def _clinic_day(request: pb.ListAppointmentsRequest, call: Call) -> tuple[
     """The first instant of the day in the clinic's zone, and that of the next day."""
     if len(request.clinic_ids) != 1:
         raise Invalid("CLINIC_MISSING", "date needs exactly one clinic: days begin by its clock.", field="clinic_ids")
-    try:
-        day = date.fromisoformat(request.date)
-        if not 1000 <= day.year <= 2999:  # at the ends of the calendar no next day can be counted
-            raise ValueError
-    except ValueError:
-        raise Invalid("DATE_INVALID", "There is no such day in the calendar.", field="date") from None
-    zones = select(Clinic.time_zone).where(Clinic.tenant_id == call.tenant_id, Clinic.id == request.clinic_ids[0])
+    day = days.day_named(request.date)
+    return days.window(day, await _zone_of(request.clinic_ids[0], call, "clinic_ids"))
+
+
+async def _zone_of(clinic_id: str, call: Call, field: str, *, locked: bool = False) -> str:
+    """The clinic's zone. Raises Invalid `CLINIC_UNKNOWN`."""
+    zones = select(Clinic.time_zone).where(Clinic.tenant_id == call.tenant_id, Clinic.id == clinic_id)
+    if locked:
+        zones = zones.with_for_update(key_share=True)
     zone = (await call.db.execute(zones)).scalar_one_or_none()
     if zone is None:
-        raise Invalid("CLINIC_UNKNOWN", "There is no such clinic.", field="clinic_ids")
-    midnight = time(0)
-    return at_local(day, midnight, zone or "UTC"), at_local(day + timedelta(days=1), midnight, zone or "UTC")
+        raise Invalid("CLINIC_UNKNOWN", "There is no such clinic.", field=field)
+    return str(zone)
 
 
 def _hold_expired() -> FailedPrecondition:
