@@ -163,6 +163,8 @@ class Chosen:
     lanes: dict[Candidate, int]
     freed: Sequence[str] = ()
     """Whose rows go: the appointment that moves, expired holds that were ended for it."""
+    overbooks: bool = False
+    """Another lane would do, if this one is lost."""
 
     @property
     def overbooking(self) -> int:
@@ -225,9 +227,9 @@ class Chosen:
             return
         lost = {one.kind for one in self.lanes if one.no in missing}
         if lost == {_PATIENT}:
-            raise busy()
+            raise LostRace(busy()) if self.overbooks else busy()
         # Another room, or the next lane, may do; and all at once are gone for somebody who has just died.
-        again = _PRACTITIONER not in lost or self.overbooking or len(missing) == len(self.lanes)
+        again = _PRACTITIONER not in lost or self.overbooks or len(missing) == len(self.lanes)
         raise LostRace(taken()) if again else taken()
 
 
@@ -289,7 +291,7 @@ async def choose(
             raise LostRace(taken())
     if stale:
         freed += await end_expired(db, tenant_id, stale)
-    return Chosen(chosen.found, chosen.lanes, freed)
+    return Chosen(chosen.found, chosen.lanes, freed, overbooks=bool(locked))
 
 
 async def _find(db: AsyncSession, tenant_id: str, patient_id: str | None, place: Place, own: str) -> Found:

@@ -239,7 +239,7 @@ async def test_an_offer_ends_and_a_forged_one_is_none(desk, monkeypatch):
     (slot, *_) = (await desk.search(start_time=when())).slots
     patient = await desk.a_patient()
     assert await refused(desk.hold(patient, slot)) == "OFFER_EXPIRED"
-    slot.offer_token = "A" + slot.offer_token[1:]
+    slot.offer_token = ("B" if slot.offer_token[0] == "A" else "A") + slot.offer_token[1:]
     assert await refused(desk.hold(patient, slot)) == "OFFER_INVALID"
 
 
