@@ -124,6 +124,12 @@ class Bus(Protocol):
 
     def reader(self, group: str, topics: Sequence[str]) -> Reader: ...
 
+    def tail(self, topics: Sequence[str]) -> Reader:
+        """Reads all partitions from where they end at `start`, which raises BusUnavailable; it belongs to no group, so
+        nothing is shared and nothing is committed. After BusUnavailable make a new one: what came meanwhile is missed.
+        """
+        ...
+
     async def trim(self, older_than_seconds: float, at_most: int = 100_000) -> int:
         """Delete records older than that, where the bus doesn't do so by itself; how many went."""
         ...

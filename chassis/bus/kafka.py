@@ -266,6 +266,9 @@ class KafkaBus:
     def reader(self, group: str, topics: Sequence[str]) -> "KafkaReader":
         return KafkaReader(self, group, topics)
 
+    def tail(self, topics: Sequence[str]) -> "KafkaTail":
+        return KafkaTail(self, "", topics)
+
 
 class KeptBack(KafkaError):  # type: ignore[misc]
     """What was to be sent may no longer be; not to be tried again by the producer itself."""
@@ -488,9 +491,9 @@ class KafkaReader:
             await self._bus.ensure_topics(self.topics)
             consumer = AIOKafkaConsumer(
                 **self._bus.client,
-                group_id=self._group,
+                group_id=self._group or None,
                 enable_auto_commit=False,
-                auto_offset_reset="earliest",
+                auto_offset_reset="earliest" if self._group else "latest",
                 session_timeout_ms=int(self._bus.session * 1000),
                 heartbeat_interval_ms=int(self._bus.session * 1000 / 5),
                 # A partition that was resumed joins the next fetch only: the long poll bounds how long that takes. An
@@ -499,10 +502,9 @@ class KafkaReader:
                 # What was fetched ahead is thrown away when its partition is paused: about one queue of ours at a time.
                 max_partition_fetch_bytes=131_072,
             )
-            consumer.subscribe(self.topics, listener=_Assignment(self, consumer))
             try:
                 async with asyncio.timeout(30):
-                    await consumer.start()
+                    await self._begin(consumer)
             except BaseException:
                 await _close_consumer(consumer)
                 raise
@@ -510,6 +512,10 @@ class KafkaReader:
             self._moved_at = time.monotonic()
             self._consumer = consumer
         return self._consumer
+
+    async def _begin(self, consumer: Any) -> None:
+        consumer.subscribe(self.topics, listener=_Assignment(self, consumer))
+        await consumer.start()
 
     def _broken(self, consumer: Any, error: Exception) -> BusUnavailable:
         """What aiokafka doesn't expect, it doesn't mend: uvloop says by a bare RuntimeError that a dead broker's connection is
@@ -522,6 +528,29 @@ class KafkaReader:
         if consumer is not None and consumer is self._consumer:  # else it was built anew meanwhile
             self._consumer = None
             self._bus.later(_close_consumer(consumer))
+
+
+class KafkaTail(KafkaReader):
+    """Reads all partitions from their ends, in no group. Its consumer is not built anew: its place would be lost in secret."""
+
+    async def start(self) -> None:
+        await super().start()
+        try:
+            await self._consuming()
+        except (KafkaError, OSError, TimeoutError) as error:
+            raise BusUnavailable(type(error).__name__) from None
+        self._stopped = True
+
+    async def fetch(self, max_records: int, timeout: float) -> dict[Partition, list[Record]]:
+        found = await super().fetch(max_records, timeout)
+        self._unread.clear()  # nothing is ever committed
+        return found
+
+    async def _begin(self, consumer: Any) -> None:
+        consumer.subscribe(self.topics)
+        await consumer.start()
+        for place, end in (await consumer.end_offsets(list(consumer.assignment()))).items():
+            consumer.seek(place, end)
 
 
 async def _close_consumer(consumer: Any) -> None:

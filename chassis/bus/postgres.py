@@ -225,6 +225,9 @@ class PostgresBus:
     def reader(self, group: str, topics: Sequence[str]) -> "PostgresReader":
         return PostgresReader(self, group, topics)
 
+    def tail(self, topics: Sequence[str]) -> "PostgresTail":
+        return PostgresTail(self, "", topics)
+
     async def trim(self, older_than_seconds: float, at_most: int = 100_000) -> int:
         """Delete records older than that, oldest first, at most so many; returns how many. Groups that were behind
         go on with the first record that is left, as on Kafka."""
@@ -499,3 +502,21 @@ class PostgresReader:
                 for each in taken:
                     kept[topic, each["partition"]] = each["next_offset"]
         return kept
+
+
+class PostgresTail(PostgresReader):
+    """Reads all partitions from their ends, in no group: the same look for newer records, without leases."""
+
+    async def start(self) -> None:
+        await self._bus.ensure_topics(self.topics)
+        async with self._bus.connection() as connection:
+            ends = await connection.fetch(
+                "SELECT topic, partition, next_offset FROM topic_partition WHERE topic = ANY($1)", self.topics
+            )
+        self._positions = {(row["topic"], row["partition"]): row["next_offset"] for row in ends}
+        self._leased_at = float("inf")
+        self._bus.bell.readers.add(self)
+
+    async def stop(self) -> None:
+        self._bus.bell.readers.discard(self)
+        self._positions.clear()

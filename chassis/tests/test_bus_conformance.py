@@ -324,3 +324,17 @@ async def _has(thing: Thing, number: int) -> bool:
 
 async def _no_commit(_: Reader) -> None:
     return None
+
+
+async def test_a_tail_reads_all_partitions_from_where_they_end_and_shares_with_nobody(bus: Bus, topic: str) -> None:
+    keys = [str(uuid.uuid4()) for _ in range(20)]
+    await bus.append(topic, [Message(key, b"before") for key in keys])
+    tails = [bus.tail([topic]) for _ in range(2)]
+    for tail in tails:
+        await tail.start()
+    await bus.append(topic, [Message(key, b"after") for key in keys])
+    for tail in tails:
+        taken = await take(tail, len(keys))
+        assert {record.value for record in taken} == {b"after"}
+        assert sorted(record.key for record in taken) == sorted(keys)
+        await tail.stop()
