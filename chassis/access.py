@@ -314,6 +314,12 @@ class Access:
             "permission": permission,
         }
 
+    async def labels(self, tenant_id: str, subject_ids: Sequence[str]) -> dict[str, frozenset[str]]:
+        """The labels of these records, as the projection knows them."""
+        wanted = {"tenant": tenant_id, "subjects": list(subject_ids)}
+        async with self._engine.connect() as connection:
+            return {str(one): frozenset(labels) for one, labels in await connection.execute(_LABELS, wanted)}
+
     # -- reading through -----------------------------------------------------------------------------------------------
 
     def may_read_through(self, caller: Caller) -> bool:
@@ -367,6 +373,9 @@ class Access:
 
 
 _NOTHING = text("SELECT FROM record_subject WHERE false")
+_LABELS = text(
+    "SELECT patient_id, security_labels FROM record_subject WHERE tenant_id = :tenant AND patient_id = ANY(:subjects)"
+).bindparams(bindparam("tenant", type_=Uuid(as_uuid=False)), bindparam("subjects", type_=ARRAY(Uuid(as_uuid=False))))
 # Not later than now: a clock that is ahead must not make the projection look fresh for ever.
 _HEARTBEAT = text("""
 INSERT INTO access_heartbeat AS mine (partition, time) VALUES (:partition, least(:told, clock_timestamp()))

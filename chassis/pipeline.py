@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import protovalidate
@@ -47,6 +47,7 @@ from chassis.errors import (
     to_status,
 )
 from chassis.ids import new_id
+from chassis.live import Live, Watch, Watcher
 from chassis.rivals import Contest, Rivals
 from chassis.settings import Settings
 from chassis.signing import Signer
@@ -72,8 +73,10 @@ class Method:
         self.response: type[Message] = message_factory.GetMessageClass(descriptor.output_type)
         level = descriptor.GetOptions().idempotency_level
         self.writes = level != descriptor.GetOptions().NO_SIDE_EFFECTS
-        # A page of a list is noted within a second; all else before the answer.
-        self.listing = not self.writes and descriptor.name.startswith(("List", "BatchGet"))
+        # A live view: the stages are gone through when it is opened, its servicer answers what is to be told.
+        self.streams = descriptor.server_streaming
+        # A page of a list is noted within a second, and that a view was opened; all else before the answer.
+        self.listing = self.streams or (not self.writes and descriptor.name.startswith(("List", "BatchGet")))
         # Its items open sessions of their own: were it to hold a place meanwhile, a few of them would wait for ever.
         self.joins = self.name == _BATCH_READ
         self.has_request_id = "request_id" in descriptor.input_type.fields_by_name
@@ -108,6 +111,7 @@ class Runtime:
     """Constraint name to (problem class, reason, message)."""
     tables: ChassisTables
     clients: Clients
+    live: Live
     loops: dict[str, RunningLoop] = field(default_factory=dict)
     page_signer: Signer = field(init=False)
     loop_metrics: LoopMetrics = field(init=False)
@@ -386,8 +390,10 @@ async def _replay(exchange: Exchange, call: Call, db: Any, key: dict[str, Any], 
 async def work(exchange: Exchange) -> Message:
     """The servicer's own method, at last."""
     assert exchange.call is not None
-    answer: Message = await exchange.method.run(exchange.request, exchange.call)
-    return answer
+    answer = await exchange.method.run(exchange.request, exchange.call)
+    if exchange.method.streams and not answer.allowed(exchange.call.caller):
+        raise NotFound
+    return answer  # type: ignore[no-any-return]
 
 
 # From the outside in. See each stage for why it stands where it stands.
@@ -429,6 +435,33 @@ class Pipeline:
         notes: list[dict[str, Any]] | None = None,
     ) -> Message:
         """Run one request. Raises Problem, nothing else (and CancelledError)."""
+        answer = await self._invoke(method, request, credentials, metadata, time_remaining, notes)
+        assert isinstance(answer, Message)
+        return answer
+
+    async def open(
+        self,
+        method: Method,
+        request: Message,
+        credentials: Credentials,
+        *,
+        metadata: Any = (),
+        time_remaining: Callable[[], float | None] | None = None,
+    ) -> Watcher:
+        """Open a live view: what `invoke` does, with a watcher for its answer; the span and the audit row are of the opening."""
+        answer = await self._invoke(method, request, credentials, metadata, time_remaining)
+        assert isinstance(answer, Watcher)
+        return answer
+
+    async def _invoke(
+        self,
+        method: Method,
+        request: Message,
+        credentials: Credentials,
+        metadata: Any,
+        time_remaining: Callable[[], float | None] | None,
+        notes: list[dict[str, Any]] | None = None,
+    ) -> Message | Watcher:
         remaining = time_remaining() if time_remaining is not None else None
         deadline = time.monotonic() + remaining if remaining is not None else None
         with self.runtime.telemetry.server_span(method.name, metadata, time_remaining=time_remaining) as span:
@@ -440,7 +473,9 @@ class Pipeline:
             self._in_flight += 1
             try:
                 async with asyncio.timeout(remaining):
-                    answer = await self._run(exchange)
+                    answer: Message | Watcher = await self._run(exchange)
+                    if method.streams:
+                        answer = await self._watch(exchange, cast(Watch, answer))
                 span.set_code(grpc.StatusCode.OK)
                 return answer
             except Problem as error:
@@ -460,6 +495,11 @@ class Pipeline:
             finally:
                 self._in_flight -= 1
 
+    async def _watch(self, exchange: Exchange, watch: Watch) -> Watcher:
+        assert exchange.caller is not None and exchange.identity is not None
+        permission = exchange.method.rule.permission
+        return await self.runtime.live.open(watch, exchange.caller, exchange.identity, permission)
+
     def _note(self, exchange: Exchange, code: str, reason: str, error: BaseException | None = None) -> None:
         log = self.runtime.telemetry.log
         if error is not None and code in ("INTERNAL", "UNKNOWN"):
@@ -472,7 +512,13 @@ class Pipeline:
         services: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
         for method in self.methods.values():
             service = method.descriptor.containing_service.full_name
-            services.setdefault(service, {})[method.descriptor.name] = grpc.unary_unary_rpc_method_handler(
+            handlers = services.setdefault(service, {})
+            if method.streams:  # its items are made once for all who are told
+                handlers[method.descriptor.name] = grpc.unary_stream_rpc_method_handler(
+                    self._stream(method), request_deserializer=method.request.FromString
+                )
+                continue
+            handlers[method.descriptor.name] = grpc.unary_unary_rpc_method_handler(
                 self._handler(method),
                 request_deserializer=method.request.FromString,
                 response_serializer=method.response.SerializeToString,
@@ -496,6 +542,31 @@ class Pipeline:
 
         return serve
 
+    def _stream(self, method: Method) -> Callable[[Message, Any], Awaitable[None]]:
+        async def serve(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            metadata = context.invocation_metadata() or ()
+            try:
+                watcher = await self.open(
+                    method,
+                    request,
+                    credentials_from(metadata),
+                    metadata=metadata,
+                    time_remaining=context.time_remaining,
+                )
+            except Problem as problem:
+                await _refuse(context, problem)
+                raise AssertionError from None  # abort() does not return
+
+            async def write(item: bytes) -> None:
+                try:
+                    await context.write(item)
+                except grpc.aio.InternalError:  # the reader has gone in the middle of it
+                    raise asyncio.CancelledError from None
+
+            await watcher.pass_on(write, lambda problem: _refuse(context, problem))
+
+        return serve
+
     async def batched(
         self,
         name: str,
@@ -510,7 +581,7 @@ class Pipeline:
         """
         method = self.methods.get(name)
         try:
-            if method is None or method.writes or not method.rule.permission:
+            if method is None or method.writes or method.streams or not method.rule.permission:
                 raise Invalid("NOT_BATCHABLE", "Only reads of this service can be batched.")
             metadata = (("traceparent", traceparent),) if traceparent else ()
             try:

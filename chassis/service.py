@@ -36,6 +36,7 @@ from chassis.clients import Clients, RemoteOwner
 from chassis.consumer import Consumer, trim_inbox
 from chassis.database import Database, Telling
 from chassis.errors import Problem
+from chassis.live import Live
 from chassis.pipeline import Pipeline, Runtime
 from chassis.reactions import Reactions
 from chassis.relay import Relay
@@ -142,6 +143,7 @@ class Server:
             reasons=service.reasons,
             tables=tables,
             clients=self.clients,
+            live=Live(bus, service.topic, self.access, settings, telemetry),
         )
         self.database.share(runtime=self.runtime)
         batch = BatchServicer()
@@ -227,7 +229,8 @@ class Server:
             options=[
                 # New pods are seen because connections end.
                 ("grpc.max_connection_age_ms", int(settings.max_connection_age * 1000)),
-                ("grpc.max_connection_age_grace_ms", 15_000),
+                # What is under way on a connection that ends may go on: a live view for its whole life.
+                ("grpc.max_connection_age_grace_ms", int((15 + settings.live_longest) * 1000)),
                 ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", 4 * 1024 * 1024),
@@ -261,7 +264,11 @@ class Server:
         """Not serving first; then finish what is under way, stop telling and hearing, flush telemetry, each bounded."""
         await self._serving(health_pb2.HealthCheckResponse.NOT_SERVING)
         if self._servers:
-            await self._servers[0].stop(self.settings.drain_timeout)
+            stopping = asyncio.create_task(self._servers[0].stop(self.settings.drain_timeout))
+            await asyncio.sleep(0)  # first whoever is connected is told to go elsewhere, then the live views end
+            self.runtime.live.drain()
+            await stopping
+        await self.runtime.live.stop()
         await asyncio.gather(
             self.consumer.stop(timeout=5),
             *(loop.stop(timeout=5) for loop in self.runtime.loops.values()),

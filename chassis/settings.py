@@ -75,3 +75,12 @@ class Settings(BaseSettings):
     relay_lease: float = 10.0
     concurrency: int = Field(default=200, ge=1)
     """RPCs under way at once; more are refused with OVERLOADED."""
+
+    live_views: int = Field(default=2000, ge=1)
+    """Live views that a process keeps open at once; more are refused with TOO_MANY_STREAMS."""
+    live_longest: float = 600.0
+    live_heartbeat: float = 15.0
+    live_recheck: float = 30.0
+    """How often it is judged whether the caller of an open view may still look."""
+    live_queue: int = Field(default=100, ge=1)
+    """Items that wait for a slow reader; beyond that they become one reset."""
