@@ -14,7 +14,7 @@ import orjson
 from prometheus_client.exposition import choose_encoder
 from structlog.typing import FilteringBoundLogger
 
-from chassis.auth import Verifier
+from chassis.auth import Identity, Verifier
 from chassis.clients import Clients
 from chassis.errors import (
     DeadlineExceeded,
@@ -31,6 +31,7 @@ from gateway import docs, links, openapi
 from gateway.batching import BatchedReads, PlainReads
 from gateway.codec import Codec, camel
 from gateway.contract import rpcs
+from gateway.events import EventStream, EventStreams, require_accept
 from gateway.http_errors import error_body, error_headers, http_status
 from gateway.settings import GatewaySettings
 from gateway.summaries import SERVICES, Summaries
@@ -48,7 +49,7 @@ _ALWAYS: Final[tuple[Header, ...]] = (
     (b"x-content-type-options", b"nosniff"),
 )
 _EXPOSED: Final = b"ETag, Retry-After, X-Request-Id, WWW-Authenticate"
-_ALLOWED_HEADERS: Final = b"Authorization, Content-Type, Idempotency-Key, If-Match, Traceparent"
+_ALLOWED_HEADERS: Final = b"Authorization, Content-Type, Idempotency-Key, If-Match, Last-Event-ID, Traceparent"
 _ALLOWED_METHODS: Final = b"GET, POST, PATCH, PUT, DELETE"
 _UNKNOWN_ROUTE: Final = "unknown"
 
@@ -61,6 +62,8 @@ class Response:
     headers: list[Header]
     body: bytes
     reason: str | None = None
+    stream: EventStream | None = None
+    """Instead of the body: what is still to come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,8 @@ class Gateway:
         reads = BatchedReads(clients, telemetry) if settings.batch_legs else PlainReads(clients)
         self._summaries = Summaries(reads, self._codec, timeout=settings.leg_timeout)
         self._links = links.Links(clients, timeout=settings.request_timeout)
-        self._calls: dict[str, Callable[..., Awaitable[Any]]] = {}
+        self._streams = EventStreams(settings, telemetry)
+        self._calls: dict[str, Callable[..., Any]] = {}
         self._pages = {
             "/healthz": _Page("/healthz", self._healthz, quiet=True),
             "/readyz": _Page("/readyz", self._readyz, quiet=True),
@@ -124,6 +128,10 @@ class Gateway:
         for service in SERVICES:
             if service in self._clients.names:
                 self._clients.channel(service).get_state(try_to_connect=True)
+
+    def end_streams(self) -> None:
+        """Ends the live views, so that clients open them elsewhere."""
+        self._streams.drain()
 
     def not_ready(self) -> list[str]:
         """Why no traffic should come here now; empty when it may."""
@@ -204,7 +212,10 @@ class Gateway:
                     request_id=request_id,
                     **({"reason": response.reason} if response.reason else {}),
                 )
-            await _send(send, method, response, extra)
+            if response.stream is None:
+                await _send(send, method, response, extra)
+        if response.stream is not None:  # the span, the metrics and the line are of its opening
+            await response.stream.send_to(send, receive, extra)
 
     # -- RPCs --------------------------------------------------------------------------------------------------------
 
@@ -222,6 +233,11 @@ class Gateway:
             span.set_attribute("care.tenant_id", identity.tenant_id)
             body = await self._body(headers, receive) if route.body else b""
             message = route.bind(values, HttpRequest(scope["query_string"], headers, body))
+            if route.streams:
+                if method == "HEAD":
+                    raise MethodNotAllowed(["GET"])
+                require_accept(headers)
+                return template, await self._stream(route, message, token, identity)
             return template, await self._answer(route, message, token, deadline)
         except Problem as problem:
             return template, self._refusal(problem, headers)
@@ -242,19 +258,8 @@ class Gateway:
                     return Response(200, [_JSON], orjson.dumps(await own(message, token)))
             except TimeoutError:
                 raise DeadlineExceeded("DEADLINE_EXCEEDED", "The answer did not come in time; try again.") from None
-        call = self._calls.get(route.rpc.name)
-        if call is None:
-            call = cast(
-                Callable[..., Awaitable[Any]],
-                self._clients.channel(route.rpc.owner).unary_unary(
-                    f"/{route.rpc.name}",
-                    request_serializer=route.request.SerializeToString,
-                    response_deserializer=route.response.FromString,
-                ),
-            )
-            self._calls[route.rpc.name] = call
         try:
-            answer = await call(message, timeout=left, metadata=(("authorization", f"Bearer {token}"),))
+            answer = await self._call(route)(message, timeout=left, metadata=(("authorization", f"Bearer {token}"),))
         except grpc.RpcError as error:
             raise problem_from_rpc(error) from error
         headers = [_JSON]
@@ -262,6 +267,25 @@ class Gateway:
             etag: str = answer.etag
             headers.append((b"etag", (etag if etag.startswith('"') else f'"{etag}"').encode()))
         return Response(200, headers, orjson.dumps(route.encode(answer)))
+
+    def _call(self, route: Route) -> Callable[..., Any]:
+        call = self._calls.get(route.rpc.name)
+        if call is None:
+            channel = self._clients.channel(route.rpc.owner)
+            call = self._calls[route.rpc.name] = cast(
+                Callable[..., Any],
+                (channel.unary_stream if route.streams else channel.unary_unary)(
+                    f"/{route.rpc.name}",
+                    request_serializer=route.request.SerializeToString,
+                    response_deserializer=route.response.FromString,
+                ),
+            )
+        return call
+
+    async def _stream(self, route: Route, message: Any, token: str, identity: Identity) -> Response:
+        call = self._call(route)(message, metadata=(("authorization", f"Bearer {token}"),))
+        stream = await self._streams.open(call, route.encode, identity)
+        return Response(200, [], b"", stream=stream)
 
     async def _body(self, headers: Mapping[str, str], receive: Receive) -> bytes:
         limit = self.settings.body_limit

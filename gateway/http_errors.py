@@ -44,6 +44,7 @@ BY_REASON: Final[Mapping[str, int]] = {
     "BODY_TOO_LARGE": 413,
     "TOO_LARGE": 413,
     "CONTENT_TYPE_UNSUPPORTED": 415,
+    "NOT_ACCEPTABLE": 406,
 }
 # Well-formed requests that the state of what they touch, or its time, doesn't allow: as FAILED_PRECONDITION they are 409.
 # The code counts too, since some of these reasons also name a wrong argument or a missing right.

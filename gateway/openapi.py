@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+import orjson
 from buf.validate import validate_pb2
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 
 from gateway.codec import camel, is_map
 from gateway.contract import IDEMPOTENT, comments
+from gateway.events import TYPE
 from gateway.http_errors import BY_REASON, CONFLICTS
 from gateway.transcoding import Leaf, Route, singular
 
@@ -110,6 +112,7 @@ _STATUS_TEXT: Final[Mapping[int, str]] = {
     403: "The caller's roles lack the permission.",
     404: "There is no such object, or the caller may not see it: the answer is the same.",
     405: "The path takes other methods; header `Allow`.",
+    406: "`NOT_ACCEPTABLE`: the answer is text/event-stream, which the client doesn't accept.",
     408: "The body did not come in time.",
     409: "The state of things doesn't allow it: an illegal transition, a taken slot, a wrong time, a change under way.",
     410: "The time to do this is over.",
@@ -125,12 +128,14 @@ _STATUS_TEXT: Final[Mapping[int, str]] = {
 }
 _CODES: Final[Mapping[int, str]] = {
     400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 405: "UNIMPLEMENTED",
+    406: "INVALID_ARGUMENT",
     408: "DEADLINE_EXCEEDED", 409: "ABORTED", 410: "FAILED_PRECONDITION", 412: "ABORTED", 413: "RESOURCE_EXHAUSTED",
     415: "INVALID_ARGUMENT", 422: "INVALID_ARGUMENT", 428: "FAILED_PRECONDITION", 429: "RESOURCE_EXHAUSTED",
     500: "INTERNAL", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED",
 }  # fmt: skip
 _REASONS: Final[Mapping[int, str]] = {
-    400: "FIELD_INVALID", 401: "TOKEN_MISSING", 403: "PERMISSION_MISSING", 404: "NOT_FOUND", 408: "BODY_TOO_SLOW",
+    400: "FIELD_INVALID", 401: "TOKEN_MISSING", 403: "PERMISSION_MISSING", 404: "NOT_FOUND",
+    406: "NOT_ACCEPTABLE", 408: "BODY_TOO_SLOW",
     409: "ILLEGAL_TRANSITION", 412: "ETAG_MISMATCH", 413: "BODY_TOO_LARGE", 415: "CONTENT_TYPE_UNSUPPORTED",
     422: "IDEMPOTENCY_KEY_REUSED", 428: "ETAG_REQUIRED", 429: "OVERLOADED", 500: "INTERNAL", 503: "SERVICE_UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
@@ -209,13 +214,34 @@ class _Document:
                 }
             },
         }
+        if route.streams:
+            answer["content"] = self._events(route)
+            operation["parameters"].append({"$ref": "#/components/parameters/LastEventId"})
         if route.response_has_etag:
             answer["headers"] = {"ETag": _header("string", "The record's etag; send it back in `If-Match`.", '"3"')}
         operation["responses"] = {"200": answer, **self._errors(route, text, writes)}
         return operation
 
+    def _events(self, route: Route) -> Json:
+        """Server-sent events; what a `change` holds as its data is a schema of its own."""
+        change = orjson.dumps(self._example(route.rpc.method.output_type)).decode()
+        data = self._reference(route.rpc.method.output_type)["$ref"].rpartition("/")[2]
+        return {
+            TYPE: {
+                "schema": {
+                    "type": "string",
+                    "description": f"Server-sent events: `reset` (read everything again; always the first), `change` (data is {data}), "
+                    "`end` (data is Error: why the stream is closed), and comments as heartbeats. Open it again when it is closed.",
+                },
+                "example": 'retry: 2000\n\nevent: reset\ndata: {"kind":"RESET"}\n\n'
+                f"id: {_UUID}\nevent: change\ndata: {change}\n\n: heartbeat\n\n",
+            }
+        }
+
     def _errors(self, route: Route, text: str, writes: bool) -> Json:
         statuses = {400, 401, 403, 429, 500, 503, 504}
+        if route.streams:
+            statuses.add(406)
         if route.positions:
             statuses.add(404)
         if route.body:
@@ -556,6 +582,13 @@ _PARAMETERS: Final[Json] = {
         "description": "The etag that was read; where somebody was faster the answer is 412.",
         "schema": {"type": "string", "maxLength": 100},
         "example": '"3"',
+    },
+    "LastEventId": {
+        "name": "Last-Event-ID",
+        "in": "header",
+        "description": "Sent by clients that come back. The stream begins with a reset all the same.",
+        "schema": {"type": "string", "maxLength": 100},
+        "example": _UUID,
     },
     "IfMatchRequired": {
         "name": "If-Match",

@@ -69,6 +69,7 @@ class GatewayServer:
         self.app.draining = True
         if self._drain_delay:
             await asyncio.sleep(self._drain_delay)
+        self.app.end_streams()
         self._server.should_exit = True
         if self._serving is not None:
             with suppress(TimeoutError):

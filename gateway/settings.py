@@ -20,6 +20,9 @@ class GatewaySettings(Settings):
     """Joins several callers' parts of aggregates into one RPC per service; off: one RPC per part."""
     body_limit: int = Field(default=1 << 20, ge=1024)
     access_log: bool = True
+    streams: int = Field(default=2000, ge=1)
+    """Live views that clients have open at once at this gateway; more are refused with TOO_MANY_STREAMS."""
+    streams_per_login: int = Field(default=10, ge=1)
     ready_grace: float = 15.0
     """From then on one reachable service is enough to be ready, since aggregates degrade."""
     drain_delay: float = 0.0

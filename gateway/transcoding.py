@@ -83,6 +83,11 @@ class Route:
     response_has_etag: bool
 
     @property
+    def streams(self) -> bool:
+        """Whether it is a live view, answered by server-sent events."""
+        return bool(self.rpc.method.server_streaming)
+
+    @property
     def body_name(self) -> str:
         """JSON name of the field that is the body."""
         return self.request.DESCRIPTOR.fields_by_name[self.body].json_name

@@ -84,8 +84,21 @@ def test_every_rpc_says_whether_it_may_be_repeated_and_writes_have_a_key(rpc: Rp
 
 @every_rpc
 def test_reads_begin_with_a_verb_of_reading(rpc: Rpc) -> None:
-    verbs = ("Get", "List", "Search", "Batch", "Resolve")
+    verbs = ("Get", "List", "Search", "Batch", "Resolve", "Watch")
     assert rpc.method.name.startswith(verbs) == (rpc.idempotency == NO_SIDE_EFFECTS)
+
+
+@every_rpc
+def test_a_live_view_is_a_read_that_answers_ids_and_nothing_else(rpc: Rpc) -> None:
+    method = rpc.method
+    assert method.server_streaming == method.name.startswith("Watch") and not method.client_streaming
+    if not method.server_streaming:
+        return
+    assert method.output_type.full_name == "care.type.v1.Change"
+    assert rpc.rule.permission and not rpc.rule.callers and not rpc.rule.link, (
+        "who looks is judged again while it is open"
+    )
+    assert rpc.http.get.endswith(":watch")
 
 
 @every_rpc

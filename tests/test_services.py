@@ -263,6 +263,11 @@ def test_the_shipped_limits_are_these() -> None:
         "max_connection_age": 60.0,
         "relay_lease": 10.0,
         "concurrency": 200,
+        "live_views": 2000,
+        "live_longest": 600.0,
+        "live_heartbeat": 15.0,
+        "live_recheck": 30.0,
+        "live_queue": 100,
     }
     own = {name: _limits(service.settings, beyond=Settings) for name, service in SERVICES.items()}
     own["gateway"] = _limits(GatewaySettings, beyond=Settings)
@@ -299,6 +304,8 @@ def test_the_shipped_limits_are_these() -> None:
             "request_timeout": 10.0,
             "leg_timeout": 0.8,
             "body_limit": 1 << 20,
+            "streams": 2000,
+            "streams_per_login": 10,
             "ready_grace": 15.0,
             "drain_delay": 0.0,
         },

@@ -59,14 +59,21 @@ class World:
 
     async def outcome(self, rpc: Rpc, server: str, request: Message, metadata: Any) -> Problem | None:
         """What one call led to; None for an answer."""
-        call: Any = self.harness.channel(server).unary_unary(
+        channel = self.harness.channel(server)
+        kind = channel.unary_stream if rpc.method.server_streaming else channel.unary_unary
+        call: Any = kind(
             f"/{rpc.name}",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=lambda body: body,
         )
         async with self._room:
             try:
-                await call(request, metadata=metadata, timeout=20)
+                answering = call(request, metadata=metadata, timeout=20)
+                if rpc.method.server_streaming:  # opened is answered
+                    await answering.read()
+                    answering.cancel()
+                else:
+                    await answering
             except grpc.RpcError as error:
                 return problem_from_rpc(error)
         return None

@@ -45,6 +45,7 @@ class Backend:
     """One service: `answers` maps full method names to what serves them; a missing one answers empty."""
 
     answers: dict[str, Handler] = field(default_factory=dict)
+    streams: dict[str, Callable[[Any], AsyncIterator[Message]]] = field(default_factory=dict)
     seen: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     server: grpc.aio.Server = None  # type: ignore[assignment]
     port: int = 0
@@ -99,6 +100,22 @@ class _Generic(grpc.GenericRpcHandler):
                 await context.abort(problem.code, problem.message, details)
                 raise AssertionError("unreachable") from None
 
+        async def stream(request: Message, context: Any) -> AsyncIterator[Message]:
+            self._backend.seen.append((name, dict(context.invocation_metadata())))
+            try:
+                async for item in self._backend.streams[name](request):
+                    yield item
+            except Problem as problem:
+                status = to_status(problem)
+                details = (("grpc-status-details-bin", status.SerializeToString()),)
+                await context.abort(problem.code, problem.message, details)
+
+        if method.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                stream,
+                request_deserializer=message_class(method.input_type).FromString,
+                response_serializer=message_class(method.output_type).SerializeToString,
+            )
         return grpc.unary_unary_rpc_method_handler(
             serve,
             request_deserializer=message_class(method.input_type).FromString,

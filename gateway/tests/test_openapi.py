@@ -30,7 +30,8 @@ def test_every_operation_and_field_is_described_and_has_examples() -> None:
         operation = _operation(route)
         ids.add(operation["operationId"])
         assert operation["description"]
-        assert operation["responses"]["200"]["content"]["application/json"]["example"], route.template
+        ((kind, content),) = operation["responses"]["200"]["content"].items()
+        assert content["example"] and kind == ("text/event-stream" if route.streams else "application/json")
         if "requestBody" in operation:
             assert "example" in operation["requestBody"]["content"]["application/json"]
         for parameter in operation["parameters"]:

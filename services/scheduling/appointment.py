@@ -128,9 +128,9 @@ class Appointment(Living, Base):
 
     def reschedule(self, overbooking_reason: str = "", **values: Any) -> None:
         """Move to another time or place. Who had confirmed had confirmed the old one."""
-        left = self.start_time
+        left, clinic = self.start_time, self.clinic_id
         self.place(**values)
-        self.move("reschedule")
+        self.move("reschedule", previous_start_time=left, previous_clinic_id=clinic)
         self.confirm_time = None
         self.history[-1]["previous_start_time"] = left.isoformat()
         if overbooking_reason:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from care.scheduling.v1 import appointments_pb2, directory_pb2, events_pb2, requests_pb2
+from care.scheduling.v1 import appointments_pb2, directory_pb2, events_pb2, live_pb2, requests_pb2
 
 from chassis import calendar
 from chassis.errors import Aborted, AlreadyExists
@@ -20,6 +20,7 @@ from services.scheduling.servicer_directory import (
     SchedulesServicer,
     VisitTypesServicer,
 )
+from services.scheduling.servicer_live import ScheduleLiveServicer
 from services.scheduling.servicer_requests import SchedulingPreferencesServicer, SchedulingRequestsServicer
 from services.scheduling.settings import SchedulingSettings
 from services.scheduling.tidying import EVERY_SECONDS, delete_old_occupancy
@@ -38,6 +39,7 @@ SERVICE = Service(
         appointments_pb2.DESCRIPTOR.services_by_name["AppointmentsService"]: AppointmentsServicer(),
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingRequestsService"]: SchedulingRequestsServicer(),
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingPreferencesService"]: SchedulingPreferencesServicer(),
+        live_pb2.DESCRIPTOR.services_by_name["ScheduleLiveService"]: ScheduleLiveServicer(),
     },
     payloads={
         "clinic": directory_pb2.Clinic,
