@@ -233,6 +233,8 @@ BY_HAND: dict[str, Callable[[Any, str, Walk], None]] = {
     "HoldAppointment": lambda request, _id, walk: _set(request, offer_token=walk.offers.pop()),
     "RescheduleAppointment": _reschedule,
     "BookSchedulingRequest": lambda request, row_id, _walk: _set(request, appointment_id=row_id),
+    "CreateWaitlistEntry": lambda request, _id, walk: _set(request, visit_type_id=walk.visit_type),
+    "GetWaitlistScore": lambda request, _id, _walk: _set(request, clinic_id=""),
     "CancelAppointment": lambda request, _id, _walk: _set(request.reason, code="pat"),
     "CreateConsent": lambda request, _id, _walk: _set(request.consent, contact_value=_PHONE["value"]),
     "CreateLogin": lambda request, _id, _walk: _set(request.login.person, type="Patient"),

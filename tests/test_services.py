@@ -280,6 +280,12 @@ def test_the_shipped_limits_are_these() -> None:
             "arrival_early": 7200,
             "walk_in": 900,
             "occupancy_kept": 604_800,
+            "waitlist_kept": 15_552_000,
+            "backfill_every": 1,
+            "backfill_retry": 30,
+            "backfill_lockout": 14_400,
+            "offer_standing": 7200,
+            "offer_standing_at_least": 900,
         },
         "referrals": {},
         "notifications": {

@@ -11,6 +11,7 @@ from care.referrals.v1 import events_pb2 as referrals
 from care.scheduling.v1 import directory_pb2
 from care.scheduling.v1 import events_pb2 as scheduling
 from care.scheduling.v1 import requests_pb2 as requests
+from care.scheduling.v1 import waitlist_pb2 as waitlist
 from google.protobuf.message import Message
 from sqlalchemy import Text, bindparam, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -37,6 +38,17 @@ _TIMELINE: dict[type[Message], tuple[str, ...]] = {
         "appointment.cancelled",
         "appointment.reverted",
         "appointment.entered_in_error",
+    ),
+    waitlist.WaitlistEvent: (
+        "waitlist.added",
+        "waitlist.offered",
+        "waitlist.accepted",
+        "waitlist.declined",
+        "waitlist.lapsed",
+        "waitlist.unavailable",
+        "waitlist.fulfilled",
+        "waitlist.withdrawn",
+        "waitlist.expired",
     ),
     referrals.ReferralEvent: (
         "referral.created",
@@ -86,6 +98,7 @@ _TIMELINE: dict[type[Message], tuple[str, ...]] = {
 
 SOURCES = {
     "appointment": "Appointment",
+    "waitlist": "WaitlistEntry",
     "referral": "Referral",
     "scheduling_request": "SchedulingRequest",
     "message": "Message",

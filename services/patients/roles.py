@@ -3,11 +3,14 @@
 _READ = {
     "self.read", "patients.read", "timeline.read", "consents.read", "contacts.read", "staff.read", "pools.read",
     "tasks.read", "directory.read", "availability.search", "appointments.read", "referrals.read", "reminders.read",
-    "messages.read", "questionnaires.read", "surveys.read", "requests.read",
+    "messages.read", "questionnaires.read", "surveys.read", "requests.read", "waitlist.read",
 }  # fmt: skip
 _WORK = _READ | {"patients.match", "contacts.write", "tasks.write", "consents.write", "patients.write", "requests.ask"}
-_BOOK = {"appointments.book", "appointments.write", "requests.work"}
-_SELF = {"appointments.book", "appointments.write", "requests.read", "requests.ask"}
+_BOOK = {"appointments.book", "appointments.write", "requests.work", "waitlist.answer", "waitlist.write"}
+_SELF = {
+    "self.read", "patients.read", "appointments.read", "availability.search", "timeline.read", "appointments.book",
+    "appointments.write", "requests.read", "requests.ask", "waitlist.read", "waitlist.answer",
+}  # fmt: skip
 _DESK = {"appointments.check_in", "appointments.late_arrival"}
 
 SHIPPED: dict[str, frozenset[str]] = {
@@ -25,9 +28,9 @@ SHIPPED: dict[str, frozenset[str]] = {
         | _BOOK
         | {
             *_DESK, "appointments.void", "appointments.overbook", "tasks.assign", "directory.write",
-            "pools.write", "referrals.write", "referrals.triage", "accesses.read",
+            "pools.write", "referrals.write", "referrals.triage", "accesses.read", "measures.read",
         },
-        "quality": _READ | {"questionnaires.write"},
+        "quality": _READ | {"questionnaires.write", "measures.read"},
         "privacy_officer": _READ | {"accesses.read", "patients.break_glass", "tasks.write"},
         "integration_client": {
             "self.read", "patients.import", "directory.import", "directory.read", "directory.write", "consents.write",
@@ -38,8 +41,8 @@ SHIPPED: dict[str, frozenset[str]] = {
             "self.read", "staff.read", "staff.write", "pools.read", "pools.write", "roles.write", "directory.read",
             "directory.write", "directory.import", "patients.import", "questionnaires.read", "questionnaires.write",
         },
-        "patient": {"self.read", "patients.read", "appointments.read", "availability.search", "timeline.read", *_SELF},
-        "proxy": {"self.read", "patients.read", "appointments.read", "availability.search", "timeline.read", *_SELF},
+        "patient": _SELF,
+        "proxy": _SELF,
     }.items()
 }  # fmt: skip
 

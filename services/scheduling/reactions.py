@@ -24,6 +24,7 @@ from services.scheduling.scheduling_request import (
     standing_visit,
 )
 from services.scheduling.scheduling_request import Status as Stands
+from services.scheduling.waitlist import OPEN, WaitlistEntry
 
 reactions = Reactions()
 OVERDUE = "overdue requests"
@@ -88,6 +89,17 @@ async def _stop_visits(patient: patients.PatientEvent, event: Event, db: AsyncSe
         visit.cancel(DECEASED, now)
     if visits:
         await occupancy.free(db, *((one.tenant_id, one.id) for one in visits))
+    waiting = (
+        select(WaitlistEntry)
+        .where(
+            WaitlistEntry.tenant_id == event.tenant_id,
+            WaitlistEntry.patient_id == patient.id,
+            WaitlistEntry.status.in_(OPEN),
+        )
+        .with_for_update(of=WaitlistEntry, key_share=True, nowait=True)
+    )
+    for entry in (await db.execute(waiting)).scalars():
+        entry.withdraw("deceased")  # an offer that was open has just lost its hold, and ends by that
     asked = select(SchedulingRequest).where(
         SchedulingRequest.tenant_id == event.tenant_id,
         SchedulingRequest.patient_id == patient.id,

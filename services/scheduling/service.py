@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from care.scheduling.v1 import appointments_pb2, directory_pb2, events_pb2, live_pb2, requests_pb2
+from care.scheduling.v1 import appointments_pb2, directory_pb2, events_pb2, live_pb2, requests_pb2, waitlist_pb2
 
 from chassis import calendar
 from chassis.errors import Aborted, AlreadyExists
 from chassis.service import Service
 from chassis.timers import Loop
+from services.scheduling.backfill import BackfillLoop
 from services.scheduling.directory import Base
 from services.scheduling.expiry import expire_holds
 from services.scheduling.reactions import OVERDUE, reactions, tell_overdue_requests
@@ -22,6 +23,7 @@ from services.scheduling.servicer_directory import (
 )
 from services.scheduling.servicer_live import ScheduleLiveServicer
 from services.scheduling.servicer_requests import SchedulingPreferencesServicer, SchedulingRequestsServicer
+from services.scheduling.servicer_waitlist import WaitlistLinksServicer, WaitlistServicer
 from services.scheduling.settings import SchedulingSettings
 from services.scheduling.tidying import EVERY_SECONDS, delete_old_occupancy
 
@@ -40,6 +42,8 @@ SERVICE = Service(
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingRequestsService"]: SchedulingRequestsServicer(),
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingPreferencesService"]: SchedulingPreferencesServicer(),
         live_pb2.DESCRIPTOR.services_by_name["ScheduleLiveService"]: ScheduleLiveServicer(),
+        waitlist_pb2.DESCRIPTOR.services_by_name["WaitlistService"]: WaitlistServicer(),
+        waitlist_pb2.DESCRIPTOR.services_by_name["WaitlistLinksService"]: WaitlistLinksServicer(),
     },
     payloads={
         "clinic": directory_pb2.Clinic,
@@ -50,6 +54,7 @@ SERVICE = Service(
         "appointment": events_pb2.AppointmentEvent,
         "hold": events_pb2.AppointmentEvent,
         "scheduling_request": requests_pb2.SchedulingRequestEvent,
+        "waitlist": waitlist_pb2.WaitlistEvent,
     },
     reactions=reactions,
     hears=("referrals",),
@@ -57,11 +62,17 @@ SERVICE = Service(
     loops=(
         Loop("hold expiry", expire_holds, every=1.0),
         Loop(OVERDUE, tell_overdue_requests, every=5.0),
+        BackfillLoop(),
         Loop("old occupancy", delete_old_occupancy, every=EVERY_SECONDS),
     ),
     settings=SchedulingSettings,
     reasons={
         "occupancy_taken": (AlreadyExists, "SLOT_TAKEN", "This time is taken; search for another one."),
+        "waitlist_entry_open_key": (
+            AlreadyExists,
+            "WAITLIST_ENTRY_EXISTS",
+            "The patient waits for this visit type already; change that entry.",
+        ),
         "directory_identifier_key": (
             AlreadyExists,
             "IDENTIFIER_TAKEN",

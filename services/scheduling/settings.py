@@ -20,3 +20,19 @@ class SchedulingSettings(Settings):
     """Staff may still book a start that is past by so much, unless the visit type wants notice."""
     occupancy_kept: float = Field(default=7 * 86400, ge=2 * 86400)
     """Who and what was taken is deleted so long after its end; not before the clinic's day is over everywhere."""
+    waitlist_kept: float = 180 * 86400
+    """How long an entry waits that names no end."""
+    backfill_every: float = 1.0
+    """How often freed slots are looked for."""
+    backfill_retry: float = 30
+    """How soon a slot is looked at again whose candidates have another offer in hand."""
+    backfill_lockout: float = 4 * 3600
+    """So long before its start a slot is no longer offered, nor an offer accepted; a visit type may ask for more."""
+    offer_standing: float = 2 * 3600
+    """How long a slot is held for a candidate."""
+    offer_standing_at_least: float = 900
+    """Nothing is offered that would have to be answered sooner."""
+    offers_from: str = Field(default="09:00", pattern="^([01][0-9]|2[0-3]):[0-5][0-9]$")
+    """By the clinic's clock; before it nothing is offered, since nobody may be written to."""
+    offers_until: str = Field(default="19:00", pattern="^([01][0-9]|2[0-3]):[0-5][0-9]$")
+    """After it nothing is offered on that day; the same as `offers_from` for day and night."""

@@ -161,7 +161,7 @@ class Desk:
         """Pairs of visits that stand at once, by appointments' own words: nothing of occupancy is looked at."""
         return await self.sql(OVERLAPS)
 
-    async def told(self, appointment, count):
+    async def told(self, appointment, count, payload=events_pb2.AppointmentEvent):
         """The events about one appointment in order, once there are `count`: (type, payload)."""
         connection = await asyncpg.connect(self._bus_url)
         try:
@@ -176,7 +176,7 @@ class Desk:
         finally:
             await connection.close()
         events = [Event.FromString(row["value"]) for row in rows]
-        return [(one.type, events_pb2.AppointmentEvent.FromString(one.payload)) for one in events]
+        return [(one.type, payload.FromString(one.payload)) for one in events]
 
     async def hear(self, kind, patient_id, version=7, **state):
         """An event of patients, as the service hears it from the bus."""

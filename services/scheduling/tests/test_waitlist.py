@@ -1,0 +1,489 @@
+"""The waitlist at work: entries, what is freed, offers and their answers, over gRPC and PostgreSQL."""
+
+import asyncio
+from datetime import timedelta
+from itertools import count
+
+import pytest
+from care.scheduling.v1 import appointments_pb2
+from care.scheduling.v1 import waitlist_pb2 as pb
+
+from chassis.bus.postgres import PostgresBus
+from chassis.testing.harness import Harness
+from services.scheduling.service import SERVICE
+from services.scheduling.tests.desk import refused, soon
+from services.scheduling.tests.waiting import ALWAYS_OPEN, WaitingDesk
+
+PATIENT_CANCELS = {"code": "pat"}
+Booking = appointments_pb2.Appointment.Status
+Entry = pb.WaitlistEntry.Status
+Offer = pb.WaitlistOffer.Status
+
+
+@pytest.fixture(scope="module")
+async def waiting(database):
+    bus_url = await database("bus")
+    harness = Harness(database, PostgresBus(bus_url))
+    await harness.start(SERVICE, principal_cache=60.0, max_connection_age=3600.0, **ALWAYS_OPEN)
+    yield await WaitingDesk(harness, bus_url).open()
+    await harness.stop()
+
+
+@pytest.fixture
+async def desk(waiting):
+    """Each test has a visit type and a practitioner of its own, so that nobody else's waitlist is asked."""
+    number = next(_numbers)
+    waiting.another = lambda **more: waiting.a_visit_type(f"another-{next(_numbers)}", **more)
+    waiting.visit = await waiting.a_visit_type(f"waited-for-{number}")
+    waiting.doctor = await waiting.a_practitioner(f"W{number}")
+    return waiting
+
+
+_numbers = count(1)
+
+
+async def freed(desk, start=None, **booking):
+    """A visit that is cancelled: its slot is free again."""
+    start = start or soon(5)
+    visit = await desk.book(await desk.a_patient(), start, subject="wilma", **booking)
+    await desk.do("Cancel", visit, subject="wilma", reason=PATIENT_CANCELS)
+    return start
+
+
+# -- entries -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_patient_waits_once_for_a_visit_type(desk):
+    """canvas#446: one entry per patient and visit, or each fills a slot of its own."""
+    patient = await desk.a_patient()
+    entry = await desk.enlist(patient, priority="URGENT", weekdays=[1, 2], language="es", age_band="65-74")
+    assert (entry.status, entry.priority, list(entry.weekdays), entry.skips) == (Entry.WAITING, 2, [1, 2], 0)
+    assert entry.expire_time.ToDatetime() - entry.create_time.ToDatetime() == timedelta(days=180)
+    assert await refused(desk.enlist(patient)) == "WAITLIST_ENTRY_EXISTS"
+    await desk.waitlist("WithdrawWaitlistEntry", pb.WithdrawWaitlistEntryRequest(id=entry.id))
+    again = await desk.enlist(patient)
+    listed = await desk.waitlist("ListWaitlistEntries", pb.ListWaitlistEntriesRequest(patient_ids=[patient]))
+    assert [(one.id, one.status) for one in listed.waitlist_entries] == [
+        (entry.id, Entry.WITHDRAWN),
+        (again.id, Entry.WAITING),
+    ]
+    only = pb.ListWaitlistEntriesRequest(visit_type_ids=[desk.visit], statuses=["WAITING"], page_size=1)
+    assert [one.id for one in (await desk.waitlist("ListWaitlistEntries", only)).waitlist_entries] == [again.id]
+
+
+async def test_wishes_are_changed_under_the_etag_that_was_read(desk):
+    entry = await desk.enlist(weekdays=[1])
+    change = pb.UpdateWaitlistEntryRequest(
+        waitlist_entry={"id": entry.id, "earliest_time": "09:00"},
+        update_mask={"paths": ["earliest_time", "weekdays"]},
+        etag=entry.etag,
+    )
+    changed = await desk.waitlist("UpdateWaitlistEntry", change)
+    assert (changed.earliest_time, list(changed.weekdays)) == ("09:00", [])
+    assert await refused(desk.waitlist("UpdateWaitlistEntry", change)) == "ETAG_MISMATCH"
+    change.etag = changed.etag
+    change.waitlist_entry.visit_type_id = desk.clinic
+    change.update_mask.paths.append("visit_type_id")
+    assert await refused(desk.waitlist("UpdateWaitlistEntry", change)) == "FIELD_FIXED"
+
+
+async def test_what_can_never_be_met_is_refused_with_its_reason(desk):
+    visit = await desk.book(await desk.a_patient(), soon(9))
+    for reason, wishes in {
+        "DATE_INVALID": {"earliest_date": "2027-02-30"},
+        "PERIOD_INVALID": {"earliest_date": "2027-03-02", "latest_date": "2027-03-01"},
+        "EXPIRY_INVALID": {"expire_time": {"seconds": 1_600_000_000}},
+        "CLINIC_UNKNOWN": {"clinic_ids": [desk.doctor]},
+        "PRACTITIONER_UNKNOWN": {"practitioner_ids": [desk.clinic]},
+        "APPOINTMENT_UNFIT": {"appointment_id": visit.id},
+    }.items():
+        assert await refused(desk.enlist(**wishes)) == reason
+    assert await refused(desk.enlist(earliest_time="10:00", latest_time="10:00")) == "PERIOD_INVALID"
+    assert await refused(desk.enlist(visit_type=desk.clinic)) == "VISIT_TYPE_UNKNOWN"
+
+
+async def test_who_may_not_see_a_patient_learns_nothing_of_the_wait(desk):
+    entry = await desk.enlist()
+    await desk.harness.staff("wanda", ["waitlist.read", "waitlist.write"], clinics=[desk.harness.tenant_id])
+    for method, request in {
+        "GetWaitlistEntry": pb.GetWaitlistEntryRequest(id=entry.id),
+        "GetWaitlistScore": pb.GetWaitlistScoreRequest(id=entry.id),
+        "WithdrawWaitlistEntry": pb.WithdrawWaitlistEntryRequest(id=entry.id),
+    }.items():
+        assert await refused(desk.waitlist(method, request, "wanda")) == "NOT_FOUND"
+
+
+async def test_a_booking_of_the_same_visit_type_elsewhere_ends_the_wait(desk):
+    entry = await desk.enlist()
+    other = await desk.another()
+    await desk.book(entry.patient_id, soon(5, 9), visit_type_id=other)
+    assert (await desk.entry(entry)).status == Entry.WAITING
+    visit = await desk.book(entry.patient_id, soon(6, 9))
+    assert (await desk.until(entry, "FULFILLED")).booked_appointment_id == visit.id
+
+
+async def test_a_hold_that_becomes_a_booking_ends_the_wait_too(desk):
+    entry = await desk.enlist()
+    slot = (await desk.search(practitioner_ids=[desk.doctor])).slots[0]
+    held = await desk.hold(entry.patient_id, slot)
+    await desk.do("Book", held)
+    await desk.until(entry, "FULFILLED")
+
+
+async def test_a_wait_ends_at_its_expiry(desk):
+    entry = await desk.enlist()
+    await desk.sql("UPDATE waitlist_entry SET expire_time = clock_timestamp() WHERE id = :id", id=entry.id)
+    await desk.until(entry, "EXPIRED")
+
+
+async def test_nobody_who_has_died_is_on_the_waitlist(desk):
+    entry = await desk.enlist()
+    await freed(desk)
+    offered = await desk.until(entry, "OFFERED")
+    await desk.hear("patient.deceased", entry.patient_id)
+    await desk.until_known_dead(entry.patient_id)
+    await desk.until(entry, "WITHDRAWN")
+    # Its offer ends, and the slot goes on to the next; here there is none.
+    await desk.until_slot(soon(5), "FREE")
+    assert (await desk.offers(entry))[0].status == Offer.UNAVAILABLE
+    assert offered.offer_id and await refused(desk.enlist(entry.patient_id)) == "PATIENT_DECEASED"
+
+
+# -- offering ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_freed_slot_is_held_for_the_best_candidate_and_told(desk):
+    """booking-activities#70: most bookings come from the waitlist, so it works by itself."""
+    routine, urgent = await desk.enlist(), await desk.enlist(priority="URGENT", channel="SMS")
+    start = await freed(desk)
+    found = await desk.until(urgent, "OFFERED")
+    (offer,) = await desk.offers(urgent)
+    assert (offer.id, offer.status, offer.start_time.ToDatetime(), offer.practitioner_id) == (
+        found.offer_id,
+        Offer.OPEN,
+        start.replace(tzinfo=None),
+        desk.doctor,
+    )
+    assert offer.score == sum(part.points for part in offer.score_parts) == 1300
+    held = await desk("GetAppointment", appointments_pb2.GetAppointmentRequest(id=offer.id))
+    assert (held.status, held.patient_id, held.hold_expire_time) == (
+        Booking.PENDING,
+        urgent.patient_id,
+        offer.expire_time,
+    )
+    assert (await desk.entry(routine)).status == Entry.WAITING
+    assert start not in [
+        slot.start_time.ToDatetime(start.tzinfo)
+        for slot in (await desk.search(practitioner_ids=[desk.doctor], start_time=start)).slots
+    ]
+    told = await desk.told(urgent, 2, pb.WaitlistEvent)
+    assert [kind for kind, _ in told] == ["waitlist.added", "waitlist.offered"]
+    event = told[1][1]
+    assert (event.offer_id, event.channel, event.clinic_id) == (offer.id, "SMS", desk.clinic)
+    assert event.offer_expire_time == offer.expire_time
+
+
+async def test_an_accepted_offer_is_booked(desk):
+    entry = await desk.enlist()
+    await freed(desk)
+    offer_id = (await desk.until(entry, "OFFERED")).offer_id
+    assert (await desk.accept(offer_id)).status == Offer.ACCEPTED
+    booked = await desk("GetAppointment", appointments_pb2.GetAppointmentRequest(id=offer_id))
+    assert (booked.status, booked.patient_id) == (Booking.BOOKED, entry.patient_id)
+    ended = await desk.entry(entry)
+    assert (ended.status, ended.booked_appointment_id) == (Entry.ACCEPTED, offer_id)
+    assert (await desk.accept(offer_id)).status == Offer.ACCEPTED  # once more changes nothing
+    assert await refused(desk.decline(offer_id)) == "OFFER_ANSWERED"
+    assert not await desk.wrong()
+
+
+async def test_a_declined_slot_goes_to_the_next_candidate_and_never_back(desk):
+    """Yosemite-Crew#1729: an offer has an end of its own, and the slot another beginning."""
+    first, second = await desk.enlist(priority="URGENT"), await desk.enlist()
+    start = await freed(desk)
+    offer_id = (await desk.until(first, "OFFERED")).offer_id
+    assert (await desk.decline(offer_id)).status == Offer.DECLINED
+    await desk.until(second, "OFFERED")
+    waits = await desk.entry(first)
+    assert (waits.status, waits.skips, waits.offer_id) == (Entry.WAITING, 0, "")
+    await desk.decline((await desk.entry(second)).offer_id)
+    await desk.until_slot(start, "FREE")  # nobody wants it: anybody may book it
+    visit = await desk.book(await desk.a_patient(), start)
+    assert visit.status == Booking.BOOKED
+
+
+async def test_an_offer_that_nobody_answers_ends_with_a_skip_and_the_next_gets_the_slot(desk):
+    first, second = await desk.enlist(priority="URGENT"), await desk.enlist()
+    await freed(desk)
+    offer_id = (await desk.until(first, "OFFERED")).offer_id
+    await over(desk, offer_id)
+    waits = await desk.until(first, "WAITING")
+    assert waits.skips == 1
+    await desk.until(second, "OFFERED")
+    assert [one.status for one in await desk.offers(first)] == [Offer.EXPIRED]
+
+
+async def over(desk, offer_id):
+    """Let the time of an offer be over."""
+    for statement in (
+        "UPDATE occupancy SET expire_time = clock_timestamp() WHERE holder_id = :id",
+        "UPDATE appointment SET hold_expire_time = clock_timestamp() WHERE id = :id",
+        "UPDATE waitlist_offer SET expire_time = clock_timestamp() WHERE id = :id",
+    ):
+        await desk.sql(statement, id=offer_id)
+
+
+async def test_an_answer_that_comes_too_late_is_refused_and_nothing_is_lost(desk):
+    entry = await desk.enlist()
+    await freed(desk)
+    offer_id = (await desk.until(entry, "OFFERED")).offer_id
+    token = await desk.link(offer_id)
+    await over(desk, offer_id)
+    assert await refused(desk.accept(offer_id)) == "OFFER_EXPIRED"
+    assert await refused(desk.by_link(token, accept=True)) == "LINK_EXPIRED"
+    assert await refused(desk.by_link(token)) == "LINK_EXPIRED"
+    waits = await desk.until(entry, "WAITING")
+    assert waits.skips == 1
+    next_slot = await freed(desk, soon(6))
+    again = await desk.until(entry, "OFFERED")
+    assert again.offer_id != offer_id and next_slot and not await desk.wrong()
+
+
+async def test_an_earlier_slot_moves_a_chain_of_three(desk):
+    """indico#3036, canvas#446: who accepts an earlier slot frees the later one, which is offered in turn."""
+    starts = [soon(day) for day in (5, 10, 15)]
+    patients = [await desk.a_patient() for _ in range(3)]
+    visits = [await desk.book(patient, start) for patient, start in zip(patients, starts, strict=True)]
+    second = await desk.enlist(patients[1], appointment_id=visits[1].id)
+    third = await desk.enlist(patients[2], appointment_id=visits[2].id)
+    last = await desk.enlist()
+    await desk.do("Cancel", visits[0], reason=PATIENT_CANCELS)
+    for entry in (second, third, last):
+        offer_id = (await desk.until(entry, "OFFERED")).offer_id
+        await desk.accept(offer_id)
+    rows = await desk.sql(
+        "SELECT start_time, patient_id::text FROM appointment WHERE practitioner_id = :doctor AND status = 'BOOKED'"
+        " ORDER BY start_time",
+        doctor=desk.doctor,
+    )
+    assert [tuple(row) for row in rows] == list(zip(starts, [*patients[1:], last.patient_id], strict=True))
+    given_up = await desk("GetAppointment", appointments_pb2.GetAppointmentRequest(id=visits[1].id))
+    assert (given_up.status, given_up.cancelation_reason.code) == (Booking.CANCELLED, "pat-swl")
+    assert not await desk.wrong()
+
+
+async def test_only_what_is_earlier_is_offered_to_who_would_give_up_a_visit(desk):
+    patient = await desk.a_patient()
+    visit = await desk.book(patient, soon(5, 10))
+    entry = await desk.enlist(patient, appointment_id=visit.id)
+    later = await freed(desk, soon(8))
+    await desk.until_slot(later, "FREE")
+    assert (await desk.entry(entry)).status == Entry.WAITING
+
+
+async def test_a_slot_of_another_visit_type_is_never_offered(desk):
+    """MGMA, cal.diy#10616: the same template and visit type, or nothing."""
+    entry = await desk.enlist()
+    other = await desk.another()
+    someone = await desk.enlist(visit_type=other, weekdays=[soon(5).isoweekday() % 7 + 1])
+    start = await freed(desk, visit_type_id=other)
+    await desk.until_slot(start, "FREE")
+    assert not await desk.offers(entry) and not await desk.offers(someone)
+
+
+async def test_within_the_lock_out_nothing_is_offered(desk):
+    entry = await desk.enlist()
+    start = soon(0) + timedelta(hours=24)
+    visit = await desk.book(await desk.a_patient(), start)
+    kept = desk.harness.servers["scheduling"].settings
+    shipped = kept.backfill_lockout
+    kept.backfill_lockout = 72 * 3600.0
+    try:
+        await desk.do("Cancel", visit, reason=PATIENT_CANCELS)
+        await desk.until_slot(start, "LATE")
+    finally:
+        kept.backfill_lockout = shipped
+    assert not await desk.offers(entry)
+
+
+async def test_an_offer_ends_before_the_lock_out_begins(desk):
+    entry = await desk.enlist()
+    kept = desk.harness.servers["scheduling"].settings
+    shipped = kept.offer_standing
+    kept.offer_standing = 30 * 86400.0
+    try:
+        start = await freed(desk)
+        await desk.until(entry, "OFFERED")
+    finally:
+        kept.offer_standing = shipped
+    (offer,) = await desk.offers(entry)
+    assert start - offer.expire_time.ToDatetime(start.tzinfo) == timedelta(hours=4)
+
+
+async def test_by_night_offers_wait_for_the_clinics_morning(desk):
+    entry = await desk.enlist()
+    kept = desk.harness.servers["scheduling"].settings
+    # A day of offers that has just ended, wherever the clock stands.
+    now = (await desk.sql("SELECT clock_timestamp() AT TIME ZONE 'America/New_York' AS now"))[0].now
+    kept.offers_from = (now - timedelta(hours=2)).strftime("%H:%M") if now.hour >= 2 else "00:00"
+    kept.offers_until = (now - timedelta(minutes=1)).strftime("%H:%M") if now.hour >= 2 else "00:01"
+    try:
+        start = await freed(desk)
+        async with asyncio.timeout(5):
+            while not await desk.sql("SELECT 1 FROM freed_slot WHERE start_time = :start AND version > 1", start=start):
+                await asyncio.sleep(0.02)
+    finally:
+        kept.offers_from = kept.offers_until = "00:00"
+    row = await desk.until_slot(start, "OPEN")
+    assert row.due_time.astimezone() > soon(0) - timedelta(days=1) and not await desk.offers(entry)
+
+
+async def test_an_overbooked_time_that_still_stands_is_not_offered(desk):
+    start = soon(5)
+    kind = await desk.another(overbooking_cap=1)
+    waits = await desk.enlist(visit_type=kind)
+    visit = await desk.book(await desk.a_patient(), start, visit_type_id=kind)
+    await desk.book(await desk.a_patient(), start, visit_type_id=kind, overbooking={"reason": "acute"}, subject="sam")
+    await desk.do("Cancel", visit, reason=PATIENT_CANCELS)
+    await desk.until_slot(start, "GONE")
+    assert not await desk.offers(waits)
+
+
+async def test_a_visit_that_moves_away_frees_its_time(desk):
+    entry = await desk.enlist()
+    start = soon(5)
+    visit = await desk.book(await desk.a_patient(), start)
+    await desk.move(visit, soon(7))
+    await desk.until(entry, "OFFERED")
+    assert (await desk.offers(entry))[0].start_time.ToDatetime(start.tzinfo) == start
+
+
+async def test_a_busy_patient_is_passed_over_and_not_struck_off(desk):
+    busy, next_one = await desk.enlist(priority="URGENT"), await desk.enlist()
+    start = soon(5)
+    other = await desk.another()
+    await desk.book(busy.patient_id, start, practitioner=desk.other, visit_type_id=other)
+    await freed(desk, start)
+    await desk.until(next_one, "OFFERED")
+    assert (await desk.entry(busy)).status == Entry.WAITING
+
+
+async def test_a_withdrawal_ends_the_offer_and_frees_the_slot_for_the_next(desk):
+    first, second = await desk.enlist(priority="URGENT"), await desk.enlist()
+    await freed(desk)
+    await desk.until(first, "OFFERED")
+    await desk.waitlist("WithdrawWaitlistEntry", pb.WithdrawWaitlistEntryRequest(id=first.id))
+    await desk.until(second, "OFFERED")
+    assert (await desk.offers(first))[0].status == Offer.UNAVAILABLE
+
+
+async def test_a_hold_booked_or_released_at_the_desk_settles_its_offer(desk):
+    first, second = await desk.enlist(priority="URGENT"), await desk.enlist()
+    await freed(desk)
+    await desk.do("Release", (await desk.until(first, "OFFERED")).offer_id)
+    offer_id = (await desk.until(second, "OFFERED")).offer_id
+    assert (await desk.offers(first))[0].status == Offer.UNAVAILABLE
+    await desk.do("Book", offer_id)
+    await desk.until(second, "ACCEPTED")
+    assert (await desk.offers(second))[0].status == Offer.ACCEPTED and not await desk.wrong()
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_link_shows_time_and_place_and_looking_uses_nothing_up(desk):
+    entry = await desk.enlist()
+    start = await freed(desk)
+    token = await desk.link((await desk.until(entry, "OFFERED")).offer_id)
+    for _ in range(2):
+        page = await desk.by_link(token)
+        assert (page.status, page.clinic, page.time_zone) == (Offer.OPEN, "Riverside", "America/New_York")
+        assert page.start_time.ToDatetime(start.tzinfo) == start
+    assert token.startswith("w-") and len(token) >= 24
+    kept = await desk.sql("SELECT token_hash FROM waitlist_offer WHERE entry_id = :id", id=entry.id)
+    assert token.encode() not in kept[0].token_hash and len(kept[0].token_hash) == 32
+    assert await refused(desk.by_link("w-" + 22 * "x")) == "LINK_UNKNOWN"
+    newer = await desk.link((await desk.entry(entry)).offer_id)
+    assert await refused(desk.by_link(token)) == "LINK_UNKNOWN" and newer != token
+
+
+async def test_two_answers_by_one_link_at_once_have_one_effect(desk):
+    entry = await desk.enlist()
+    await freed(desk)
+    offer_id = (await desk.until(entry, "OFFERED")).offer_id
+    token = await desk.link(offer_id)
+    answers = await asyncio.gather(
+        *(desk.by_link(token, accept=True) for _ in range(6)), desk.accept(offer_id), return_exceptions=True
+    )
+    assert {getattr(one, "status", one) for one in answers} == {Offer.ACCEPTED}
+    booked = await desk.told(offer_id, 2)
+    assert [kind for kind, _ in booked] == ["appointment.held", "appointment.booked"]
+    assert await refused(desk.by_link(token, accept=False)) == "OFFER_ANSWERED"
+    assert (await desk.by_link(token)).status == Offer.ACCEPTED
+
+
+async def test_one_who_declines_by_link_goes_on_waiting(desk):
+    entry = await desk.enlist()
+    await freed(desk)
+    token = await desk.link((await desk.until(entry, "OFFERED")).offer_id)
+    for _ in range(2):
+        assert (await desk.by_link(token, accept=False)).status == Offer.DECLINED
+    assert (await desk.entry(entry)).status == Entry.WAITING
+    assert await refused(desk.by_link(token, accept=True)) == "OFFER_ANSWERED"
+
+
+async def test_a_labelled_clinics_page_has_its_discreet_name_or_none(desk):
+    kind = await desk.another(security_labels=["ETH"])
+    entry = await desk.enlist(visit_type=kind)
+    await freed(desk, visit_type_id=kind)
+    token = await desk.link((await desk.until(entry, "OFFERED")).offer_id)
+    assert (await desk.by_link(token)).clinic == ""
+
+
+# -- explained and counted ---------------------------------------------------------------------------------------------
+
+
+async def test_a_score_is_explained(desk):
+    entry = await desk.enlist(priority="URGENT", practitioner_ids=[desk.doctor], weekdays=[soon(5).isoweekday()])
+    plain = await desk.waitlist("GetWaitlistScore", pb.GetWaitlistScoreRequest(id=entry.id))
+    assert plain.score == sum(part.points for part in plain.parts) == 1300 and not plain.misfits
+    named = pb.GetWaitlistScoreRequest(
+        id=entry.id, clinic_id=desk.clinic, practitioner_id=desk.other, start_time=soon(6)
+    )
+    told = await desk.waitlist("GetWaitlistScore", named)
+    assert list(told.misfits) == ["practitioner", "weekday"]
+
+
+async def test_a_tenants_weights_and_times_are_data(desk):
+    await desk.sql(
+        "INSERT INTO policy (tenant_id, key, scope, scope_id, version, settings, effective_time) VALUES"
+        " (:tenant, 'waitlist', 'visit_type', :kind, 3, CAST(:settings AS jsonb), clock_timestamp())",
+        tenant=desk.harness.tenant_id,
+        kind=desk.visit,
+        settings='{"weight_priority": 7, "offer_seconds": 1200}',
+    )
+    entry = await desk.enlist(priority="STAT")
+    await freed(desk)
+    await desk.until(entry, "OFFERED")
+    (offer,) = await desk.offers(entry)
+    assert ({part.name: part.points for part in offer.score_parts}["priority"], offer.policy_version) == (21, 3)
+    assert (
+        timedelta(minutes=19) < offer.expire_time.ToDatetime() - offer.create_time.ToDatetime() <= timedelta(minutes=20)
+    )
+
+
+async def test_what_became_of_slots_and_offers_is_counted_by_groups(desk):
+    clinic = desk.elsewhere
+    doctor = await desk.a_practitioner("Counted", clinic=clinic)
+    first = await desk.enlist(priority="URGENT", language="es", age_band="65-74")
+    second = await desk.enlist(language="en", age_band="18-39")
+    await freed(desk, clinic_id=clinic, practitioner=doctor)
+    await desk.decline((await desk.until(first, "OFFERED")).offer_id)
+    await desk.accept((await desk.until(second, "OFFERED")).offer_id)
+    found = await desk.waitlist("GetWaitlistMeasures", pb.GetWaitlistMeasuresRequest(clinic_id=clinic))
+    assert (found.freed, found.offered_slots, found.filled) == (1, 1, 1)
+    assert [(one.language, one.age_band, one.outcomes.accepted, one.outcomes.declined) for one in found.groups] == [
+        ("en", "18-39", 1, 0),
+        ("es", "65-74", 0, 1),
+    ]
+    assert (found.outcomes.offered, found.outcomes.accepted, found.outcomes.declined) == (2, 1, 1)
