@@ -12,7 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
 from chassis.access import Caller, NeedSubject, seen, visible
-from chassis.errors import Aborted, FailedPrecondition, Invalid, NotFound, PermissionDenied
+from chassis.auth import Identity
+from chassis.errors import Aborted, FailedPrecondition, Invalid, NotFound, PermissionDenied, Unauthenticated
 from chassis.model import Act, Aggregate, by_id
 from chassis.reading import Reading, Rows, Unfit
 from chassis.wire import etag_of
@@ -51,6 +52,8 @@ class Call:
         self.purpose = ""
         self.on_behalf_of = ""
         self.source = ""
+        self.login: tuple[str, str] = ("", "")
+        """Issuer and subject of the caller's token; empty for our own services."""
         # Of a batch: the audit rows of the reads that it joins.
         self.notes: list[dict[str, Any]] = []
         self._db: AsyncSession | None = None
@@ -88,6 +91,26 @@ class Call:
         """The database's clock when the transaction began."""
         assert self._now is not None, "a read has no clock: compare in SQL with clock_timestamp()"
         return self._now
+
+    async def see_as(self, issuer: str, subject: str) -> bool:
+        """From here on the holder of a link sees what the login that made it may see now, and no more.
+
+        Answers whether that login still stands. Raises Unavailable where what it may see can't be told now.
+        """
+        assert self.caller.kind == "link", "everybody else sees with their own eyes"
+        try:
+            self.caller = await self.runtime.access.caller(Identity(self.tenant_id, issuer, subject, 0.0, ""))
+        except Unauthenticated:
+            return False
+        self.on_behalf_of = self.caller.actor
+        if self._unsure():  # there is nobody to confirm it for
+            self.runtime.refuse_stale()
+        return True
+
+    async def sees(self, patient_id: str) -> bool:
+        """Whether the caller may see a patient's record, as far as this service knows."""
+        self.saw(patient_id)
+        return bool(await self._seen([patient_id]))
 
     def begin(self, db: AsyncSession, now: datetime | None = None) -> None:
         """Bind the session; from `now` on changes carry who, for whom and when."""

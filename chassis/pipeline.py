@@ -250,6 +250,8 @@ async def transact(exchange: Exchange, proceed: Proceed) -> Message:
             runtime, method, exchange.request, exchange.caller, exchange.confirmed, looked=exchange.looked
         )
         call.on_behalf_of = exchange.credentials.on_behalf_of
+        if exchange.identity is not None and exchange.identity.service is None:
+            call.login = exchange.identity.issuer, exchange.identity.subject
         if method.has_source:
             call.source = _source(exchange.request.source)  # type: ignore[attr-defined]
         try:

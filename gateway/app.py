@@ -27,7 +27,7 @@ from chassis.errors import (
 )
 from chassis.ids import new_id
 from chassis.telemetry import HttpSpan, Telemetry
-from gateway import docs, links, openapi
+from gateway import calendars, docs, links, openapi
 from gateway.batching import BatchedReads, PlainReads
 from gateway.codec import Codec, camel
 from gateway.contract import rpcs
@@ -108,6 +108,7 @@ class Gateway:
         self._links = links.Links(clients, timeout=settings.request_timeout)
         self._streams = EventStreams(settings, telemetry)
         self._calls: dict[str, Callable[..., Any]] = {}
+        self._calendars = calendars.Calendars(clients, timeout=settings.request_timeout)
         self._pages = {
             "/healthz": _Page("/healthz", self._healthz, quiet=True),
             "/readyz": _Page("/readyz", self._readyz, quiet=True),
@@ -193,6 +194,9 @@ class Gateway:
                 elif scope["path"].startswith(links.PREFIX):
                     route = links.TEMPLATE
                     response = await self._link(scope, method, headers, receive)
+                elif scope["path"].startswith(calendars.PREFIX):
+                    route = calendars.TEMPLATE
+                    response = await self._calendar(scope, method, headers)
                 else:
                     route, response = await self._rpc(scope, method, headers, receive, span)
             except ClientGone:
@@ -371,6 +375,20 @@ class Gateway:
             self._log.exception("request failed", route=links.TEMPLATE)
             page = self._links.error(Internal(), headers)
         return Response(page.status, list(page.headers), page.body, page.reason)
+
+    async def _calendar(self, scope: Scope, method: str, headers: Mapping[str, str]) -> Response:
+        try:
+            if method not in ("GET", "HEAD"):
+                raise MethodNotAllowed(["GET", "HEAD"])
+            feed = await self._calendars.get(scope["path"].removeprefix(calendars.PREFIX), headers)
+        except Problem as problem:
+            return self._refusal(problem, headers)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            self._log.exception("request failed", route=calendars.TEMPLATE)
+            return self._refusal(Internal(), headers)
+        return Response(feed.status, feed.headers, feed.body)
 
     # -- other origins -----------------------------------------------------------------------------------------------
 

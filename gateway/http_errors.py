@@ -54,6 +54,7 @@ CONFLICTS: Final = frozenset(
         "APPOINTMENT_NOT_BOOKED",
         "CLINIC_UNKNOWN",
         "CLINIC_WITHOUT_ZONE",
+        "FEED_LIMIT_REACHED",
         "HOLD_EXPIRED",
         "LETTER_NOT_SENT",
         "MANAGED_OUTSIDE",

@@ -148,6 +148,8 @@ class Walk:
 
     def _values(self, rpc: Rpc, model: type[Aggregate], status: Any) -> dict[str, Any]:
         values = {"clinic_id": self.clinic, "pool_id": self.pool, "telecom": [_PHONE], "time_zone": "America/New_York"}
+        if rpc.method.name == "RevokeCalendarFeed":
+            values["maker_id"] = self.auditor
         if status is not None and issubclass(model, Living):
             values[model.status_field] = status
             before = next(

@@ -12,6 +12,11 @@ _SELF = {
     "appointments.write", "requests.read", "requests.ask", "waitlist.read", "waitlist.answer",
 }  # fmt: skip
 _DESK = {"appointments.check_in", "appointments.late_arrival"}
+# Everybody who sees visits may follow them; by name, who may see what they are for.
+_FEEDS = {"feeds.write", "feeds.details"}
+_READ |= {"feeds.write"}
+_WORK |= _FEEDS
+_SELF |= _FEEDS
 
 SHIPPED: dict[str, frozenset[str]] = {
     name: frozenset(permissions)

@@ -2,7 +2,15 @@
 
 from pathlib import Path
 
-from care.scheduling.v1 import appointments_pb2, directory_pb2, events_pb2, live_pb2, requests_pb2, waitlist_pb2
+from care.scheduling.v1 import (
+    appointments_pb2,
+    directory_pb2,
+    events_pb2,
+    feeds_pb2,
+    live_pb2,
+    requests_pb2,
+    waitlist_pb2,
+)
 
 from chassis import calendar
 from chassis.errors import Aborted, AlreadyExists
@@ -21,6 +29,7 @@ from services.scheduling.servicer_directory import (
     SchedulesServicer,
     VisitTypesServicer,
 )
+from services.scheduling.servicer_feeds import CalendarFeedsServicer, CalendarLinksServicer
 from services.scheduling.servicer_live import ScheduleLiveServicer
 from services.scheduling.servicer_requests import SchedulingPreferencesServicer, SchedulingRequestsServicer
 from services.scheduling.servicer_waitlist import WaitlistLinksServicer, WaitlistServicer
@@ -44,6 +53,8 @@ SERVICE = Service(
         live_pb2.DESCRIPTOR.services_by_name["ScheduleLiveService"]: ScheduleLiveServicer(),
         waitlist_pb2.DESCRIPTOR.services_by_name["WaitlistService"]: WaitlistServicer(),
         waitlist_pb2.DESCRIPTOR.services_by_name["WaitlistLinksService"]: WaitlistLinksServicer(),
+        feeds_pb2.DESCRIPTOR.services_by_name["CalendarFeedsService"]: CalendarFeedsServicer(),
+        feeds_pb2.DESCRIPTOR.services_by_name["CalendarLinksService"]: CalendarLinksServicer(),
     },
     payloads={
         "clinic": directory_pb2.Clinic,
