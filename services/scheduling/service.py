@@ -4,6 +4,7 @@ from pathlib import Path
 
 from care.scheduling.v1 import (
     appointments_pb2,
+    board_pb2,
     directory_pb2,
     events_pb2,
     feeds_pb2,
@@ -22,6 +23,7 @@ from services.scheduling.expiry import expire_holds
 from services.scheduling.reactions import OVERDUE, reactions, tell_overdue_requests
 from services.scheduling.servicer_appointments import AppointmentsServicer
 from services.scheduling.servicer_availability import AvailabilityServicer
+from services.scheduling.servicer_board import DayBoardServicer
 from services.scheduling.servicer_directory import (
     ClinicsServicer,
     PractitionersServicer,
@@ -48,6 +50,7 @@ SERVICE = Service(
         directory_pb2.DESCRIPTOR.services_by_name["SchedulesService"]: SchedulesServicer(),
         appointments_pb2.DESCRIPTOR.services_by_name["AvailabilityService"]: AvailabilityServicer(),
         appointments_pb2.DESCRIPTOR.services_by_name["AppointmentsService"]: AppointmentsServicer(),
+        board_pb2.DESCRIPTOR.services_by_name["DayBoardService"]: DayBoardServicer(),
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingRequestsService"]: SchedulingRequestsServicer(),
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingPreferencesService"]: SchedulingPreferencesServicer(),
         live_pb2.DESCRIPTOR.services_by_name["ScheduleLiveService"]: ScheduleLiveServicer(),

@@ -14,7 +14,7 @@ async def desk(database):
     harness = Harness(database, PostgresBus(bus_url))
     # Visits of other days may be arrived at: tests book ahead.
     await harness.start(
-        SERVICE, no_show_grace=60.0, arrival_early=400 * 86400.0, principal_cache=60.0, max_connection_age=3600.0
+        SERVICE, no_show_grace=60.0, arrival_early=20 * 366 * 86400.0, principal_cache=60.0, max_connection_age=3600.0
     )
     yield await Desk(harness, bus_url).open()
     await harness.stop()
