@@ -31,7 +31,7 @@ async def servers(database: Any) -> AsyncIterator[list[Server]]:
         "service", "settings", "telemetry", "telemetry.registry", "telemetry.tracer", "database", "database.engine",
         "database.sessions", "database.audit", "clients", "access", "access.tables.subject", "runtime",
         "runtime.verifier", "runtime.tables.policy", "runtime.page_signer", "runtime.loops", "runtime.loop_metrics",
-        "pipeline", "relay", "consumer", "sealer", "health", "service.base.metadata", "service.reactions",
+        "pipeline", "relay", "consumer", "sealer", "runtime.live", "health", "service.base.metadata", "service.reactions",
     ],
 )  # fmt: skip
 async def test_two_services_share_no(part: str, servers: list[Server]) -> None:
