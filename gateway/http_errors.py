@@ -60,6 +60,7 @@ CONFLICTS: Final = frozenset(
         "MANAGED_OUTSIDE",
         "NOT_CLINIC_DAY",
         "NO_POOL",
+        "OCCURRENCE_PAST",
         "OFFER_EXPIRED",
         "OUTSIDE_HOURS",
         "OVERBOOKING_NOT_ALLOWED",

@@ -206,6 +206,12 @@ def _questionnaire(request: Any, _row_id: str, _walk: Walk) -> None:
         request.questionnaire.items[0].options.add(value=value)
 
 
+def _series(request: Any, _row_id: str, walk: Walk) -> None:
+    day = (datetime.now(UTC) + timedelta(days=30)).date()
+    _set(request, visit_type_id=walk.visit_type, practitioner_id=walk.practitioner)
+    _set(request, start=f"{day}T10:00", rule="FREQ=WEEKLY;COUNT=2")
+
+
 # What the descriptors alone can't know.
 BY_HAND: dict[str, Callable[[Any, str, Walk], None]] = {
     "CreateQuestionnaire": _questionnaire,
@@ -234,6 +240,10 @@ BY_HAND: dict[str, Callable[[Any, str, Walk], None]] = {
     ),
     "HoldAppointment": lambda request, _id, walk: _set(request, offer_token=walk.offers.pop()),
     "RescheduleAppointment": _reschedule,
+    "CreateSeries": _series,
+    "PreviewSeries": lambda request, row_id, walk: _series(request.series, row_id, walk),
+    "RescheduleSeries": lambda request, _id, _walk: _set(request, scope=3, time="10:00"),
+    "CancelSeries": lambda request, _id, _walk: _set(request, scope=3) or _set(request.reason, code="pat"),
     "BookSchedulingRequest": lambda request, row_id, _walk: _set(request, appointment_id=row_id),
     "CreateWaitlistEntry": lambda request, _id, walk: _set(request, visit_type_id=walk.visit_type),
     "GetWaitlistScore": lambda request, _id, _walk: _set(request, clinic_id=""),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from services.notifications.message import Message
 from services.notifications.quiet_hours import NeverOpen, next_allowed
 
-CANCELLED_NOTICE = "appointment-cancelled"
+CANCELLED_NOTICES = frozenset({"appointment-cancelled", "series-cancelled"})
 GONE = {
     "CANCELLED": "cancelled",
     "NOSHOW": "noshow",
@@ -116,6 +116,6 @@ def _untrue(message: Message, visit: Visit | None) -> str:
         return "not-found"
     if visit.schedule_version != message.schedule_version:
         return "moved"
-    if message.kind == CANCELLED_NOTICE:
+    if message.kind in CANCELLED_NOTICES:
         return "" if visit.status == "CANCELLED" else GONE.get(visit.status, "not-cancelled")
     return "" if visit.status == "BOOKED" else GONE.get(visit.status, "not-booked")

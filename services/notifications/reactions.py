@@ -20,7 +20,7 @@ from chassis.reactions import Reactions, need_own_transaction
 from chassis.telemetry import current_traceparent
 from chassis.timers import wake_after_commit
 from chassis.wire import plain, to_time
-from services.notifications.checking import CANCELLED_NOTICE, GONE
+from services.notifications.checking import CANCELLED_NOTICES, GONE
 from services.notifications.message import (
     CORRECTION,
     REMINDER,
@@ -118,7 +118,7 @@ async def follow_visit(visit: AppointmentEvent, event: Event, db: AsyncSession) 
         if event.type == "appointment.cancelled" and visit.previous_status not in ("", "PENDING", "WAITLIST"):
             await _notice_of_cancelling(db, row, visit, event, overtaken)
     elif row.planned_version < visit.schedule_version:
-        await _plan(db, row, event)
+        await _plan(db, row, visit, event)
     elif before and before != "BOOKED":
         await _restore(db, row)
     await keep_visit(db, row)
@@ -196,7 +196,7 @@ async def invite(survey: SurveyEvent, event: Event, db: AsyncSession) -> None:
     wake_after_commit(db, SEND_LOOP)
 
 
-async def _plan(db: AsyncSession, row: Appointment, event: Event) -> None:
+async def _plan(db: AsyncSession, row: Appointment, visit: AppointmentEvent, event: Event) -> None:
     moved = row.planned_version != NEVER_PLANNED
     overtaken = await _revoke(db, row, "rescheduled", event) if moved else False
     scopes = {"clinic": row.clinic_id, "visit_type": row.visit_type_id}
@@ -207,7 +207,9 @@ async def _plan(db: AsyncSession, row: Appointment, event: Event) -> None:
     dead = await is_deceased(db, row.tenant_id, row.patient_id)
     for planned in plan(offsets, booked, row.start_time, now, row.time_zone or "UTC"):
         at_booking = planned.offset_name in {each.name for each in offsets if each.kind == "at_booking"}
-        kind = REMINDER if not at_booking else "appointment-moved" if moved else "appointment-booked"
+        if at_booking and _spoken_for(visit) and not overtaken:
+            continue
+        kind = REMINDER if not at_booking else f"{_about(visit)}-moved" if moved else f"{_about(visit)}-booked"
         due = planned.due_time + _CORRECTION_WAITS if at_booking and overtaken else planned.due_time
         reminder = Reminder(
             tenant_id=row.tenant_id,
@@ -259,7 +261,7 @@ async def _revoke(db: AsyncSession, row: Appointment, reason: str, event: Event)
             Message.tenant_id == row.tenant_id,
             Message.about_id == row.id,
             Message.status.in_([*WAITING, *_LEFT]),
-            Message.kind != CANCELLED_NOTICE,
+            Message.kind.not_in(CANCELLED_NOTICES),
         )
         .order_by(Message.id)
         .with_for_update(of=Message, key_share=True)
@@ -300,9 +302,9 @@ async def _notice_of_cancelling(
 ) -> None:
     cancelled = to_time(event.time)
     assert row.start_time is not None
-    if row.start_time <= db.info["act"].now:
+    if row.start_time <= db.info["act"].now or (_spoken_for(visit) and not overtaken):
         return
-    once = (Message.tenant_id == row.tenant_id, Message.about_id == row.id, Message.kind == CANCELLED_NOTICE)
+    once = (Message.tenant_id == row.tenant_id, Message.about_id == row.id, Message.kind.in_(CANCELLED_NOTICES))
     if (await db.execute(select(Message.id).where(*once))).first() is not None:
         return
     scopes = {"clinic": row.clinic_id, "visit_type": row.visit_type_id}
@@ -318,7 +320,7 @@ async def _notice_of_cancelling(
         about_id=row.id,
         clinic_id=row.clinic_id,
         schedule_version=row.schedule_version,
-        kind=CANCELLED_NOTICE,
+        kind=f"{_about(visit)}-cancelled",
         purpose=CORRECTION,
         expire_time=row.start_time,
         own_action_time=cancelled if by_patient else None,
@@ -328,6 +330,16 @@ async def _notice_of_cancelling(
     )
     message.move("make")
     db.add(message)
+
+
+def _about(visit: AppointmentEvent) -> str:
+    """What a message at once is about: of visits that one act has changed together, the first one's speaks for all."""
+    return "series" if visit.series_part == 1 else "appointment"
+
+
+def _spoken_for(visit: AppointmentEvent) -> bool:
+    """Whether another visit's message speaks for this one: 52 visits are booked, and one text says so."""
+    return visit.series_part > 1
 
 
 def _by_policy(policy: policies.Policy) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import enum
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, ClassVar
 from zoneinfo import ZoneInfo
 
 from sqlalchemy import BigInteger, DateTime, Index, Text, text
@@ -48,6 +48,7 @@ class Appointment(Living, Base):
         Index("appointment_by_patient", "tenant_id", "patient_id", "start_time", "id"),
         Index("appointment_by_clinic", "tenant_id", "clinic_id", "start_time", "id"),
         Index("appointment_by_practitioner", "tenant_id", "practitioner_id", "start_time", "id"),
+        Index("appointment_by_series", "tenant_id", "series_id", postgresql_where=text("series_id IS NOT NULL")),
         Index("appointment_held", "hold_expire_time", postgresql_where=text("status = 'PENDING'")),
     )
     aggregate = "appointment"
@@ -100,6 +101,11 @@ class Appointment(Living, Base):
     comment: Mapped[str] = mapped_column(Text, default="")
     previous_appointment_id: Mapped[str | None] = mapped_column(Id)
     walk_in: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    series_id: Mapped[str | None] = mapped_column(Id)
+    series_number: Mapped[int | None] = mapped_column(BigInteger)
+    series_start_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    series_part: ClassVar[int] = 0
+    """Of several visits of a series that the present act is about: which one; told with its event, not kept."""
 
     # -- verbs ---------------------------------------------------------------------------------------------------------
 

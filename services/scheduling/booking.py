@@ -233,6 +233,11 @@ class Chosen:
         raise LostRace(taken()) if again else taken()
 
 
+async def numbers(db: AsyncSession, tenant_id: str, patient_id: str | None, place: Place) -> set[int]:
+    """The numbers of all that a booking of this kind may take, whenever it is. Raises what `look` raises of the place."""
+    return {one.no for one in (await _find(db, tenant_id, patient_id, place, NOBODY)).candidates}
+
+
 async def look(
     db: AsyncSession,
     tenant_id: str,

@@ -10,6 +10,7 @@ from care.scheduling.v1 import (
     feeds_pb2,
     live_pb2,
     requests_pb2,
+    series_pb2,
     waitlist_pb2,
 )
 
@@ -34,6 +35,7 @@ from services.scheduling.servicer_directory import (
 from services.scheduling.servicer_feeds import CalendarFeedsServicer, CalendarLinksServicer
 from services.scheduling.servicer_live import ScheduleLiveServicer
 from services.scheduling.servicer_requests import SchedulingPreferencesServicer, SchedulingRequestsServicer
+from services.scheduling.servicer_series import SeriesServicer
 from services.scheduling.servicer_waitlist import WaitlistLinksServicer, WaitlistServicer
 from services.scheduling.settings import SchedulingSettings
 from services.scheduling.tidying import EVERY_SECONDS, delete_old_occupancy
@@ -53,6 +55,7 @@ SERVICE = Service(
         board_pb2.DESCRIPTOR.services_by_name["DayBoardService"]: DayBoardServicer(),
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingRequestsService"]: SchedulingRequestsServicer(),
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingPreferencesService"]: SchedulingPreferencesServicer(),
+        series_pb2.DESCRIPTOR.services_by_name["SeriesService"]: SeriesServicer(),
         live_pb2.DESCRIPTOR.services_by_name["ScheduleLiveService"]: ScheduleLiveServicer(),
         waitlist_pb2.DESCRIPTOR.services_by_name["WaitlistService"]: WaitlistServicer(),
         waitlist_pb2.DESCRIPTOR.services_by_name["WaitlistLinksService"]: WaitlistLinksServicer(),
@@ -68,6 +71,7 @@ SERVICE = Service(
         "appointment": events_pb2.AppointmentEvent,
         "hold": events_pb2.AppointmentEvent,
         "scheduling_request": requests_pb2.SchedulingRequestEvent,
+        "series": series_pb2.SeriesEvent,
         "waitlist": waitlist_pb2.WaitlistEvent,
     },
     reactions=reactions,

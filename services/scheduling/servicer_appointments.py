@@ -195,6 +195,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
             .among(Appointment.clinic_id, request.clinic_ids)
             .among(Appointment.practitioner_id, request.practitioner_ids)
             .among(Appointment.status, enum_names(pb.Appointment.Status, request.statuses))
+            .among(Appointment.series_id, request.series_ids)
             .since(Appointment.start_time, given_time(request, "start_time_from"))
             .before(Appointment.start_time, given_time(request, "start_time_before"))
         )

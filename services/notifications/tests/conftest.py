@@ -260,7 +260,9 @@ class World:
         }
         return patient_id, number, address
 
-    async def visit(self, patient_id, clinic, visit_type, *, ahead=timedelta(days=10), status="BOOKED", labels=()):
+    async def visit(
+        self, patient_id, clinic, visit_type, *, ahead=timedelta(days=10), status="BOOKED", labels=(), part=0
+    ):
         """A visit that scheduling has, told as booked."""
         visit = appointments_pb2.Appointment(
             id=new_id(), patient_id=patient_id, clinic_id=clinic.id, visit_type_id=visit_type.id, schedule_version=1,
@@ -268,23 +270,24 @@ class World:
         )  # fmt: skip
         visit.start_time.FromDatetime(datetime.now(UTC) + ahead)
         self.neighbours.visits[visit.id] = visit
-        await self.tell_visit("booked", visit, version=1, labels=labels)
+        await self.tell_visit("booked", visit, version=1, labels=labels, part=part)
         return visit
 
-    async def tell_visit(self, what, visit, *, version, previous="", labels=(), at=None, actor="staff:x", reason=""):
+    async def tell_visit(self, what, visit, *, version, previous="", labels=(), at=None, actor="staff:x", reason="",
+                         part=0):  # fmt: skip
         payload = AppointmentEvent(
             id=visit.id, clinic_id=visit.clinic_id, visit_type_id=visit.visit_type_id, status=Status.Name(visit.status),
             previous_status=previous, start_time=visit.start_time, schedule_version=visit.schedule_version,
-            time_zone=visit.time_zone, reason_code=reason,
+            time_zone=visit.time_zone, reason_code=reason, series_part=part,
         )  # fmt: skip
         return await self.tell(
             f"appointment.{what}", payload, aggregate_id=visit.id, patient_id=visit.patient_id, version=version,
             labels=labels, at=at, actor=actor,
         )  # fmt: skip
 
-    async def cancel(self, visit, *, version=2, reason="pat"):
+    async def cancel(self, visit, *, version=2, reason="pat", part=0):
         visit.status = Status.Value("CANCELLED")
-        return await self.tell_visit("cancelled", visit, version=version, previous="BOOKED", reason=reason)
+        return await self.tell_visit("cancelled", visit, version=version, previous="BOOKED", reason=reason, part=part)
 
     async def invite(self, patient_id, clinic, token="SECRETTOKEN"):
         survey = SurveyEvent(id=new_id(), clinic_id=clinic.id, status="INVITED")

@@ -96,6 +96,33 @@ async def test_cancelling_revokes_and_says_so(world, clinic, visit_type):
     assert "is cancelled" in world.sms.texts(number)[-1]
 
 
+async def test_a_series_is_told_once_and_each_visit_of_it_is_reminded_of(world, clinic, visit_type):
+    patient_id, number, _ = await world.patient()
+    visits = [
+        await world.visit(patient_id, clinic, visit_type, ahead=timedelta(days=10 + 7 * part), part=part)
+        for part in (1, 2, 3)
+    ]
+    assert [row.offset for row in await world.planned(visits[0], 3)] == ["booked", "3d", "1d"]
+    for visit in visits[1:]:
+        assert [row.offset for row in await world.planned(visit, 2)] == ["3d", "1d"]
+    await world.message(visits[0].id, "COMPLETED", kind="series-booked")
+    for part, visit in enumerate(visits, 1):
+        visit.schedule_version = 2
+        visit.start_time.FromDatetime(visit.start_time.ToDatetime() + timedelta(hours=1))
+        await world.tell_visit("rescheduled", visit, version=2, part=part)
+    await world.message(visits[0].id, "COMPLETED", kind="series-moved")
+    for part, visit in enumerate(visits, 1):
+        await world.cancel(visit, version=3, part=part)
+    await world.message(visits[0].id, "COMPLETED", kind="series-cancelled")
+    for visit in visits[1:]:
+        rows = await eventually(
+            lambda one=visit: world.reminders(one), lambda rows: {row.status.name for row in rows} == {"REVOKED"}
+        )
+        assert len(rows) == 4 and await world.messages(visit.id) == []
+    first, moved, cancelled = world.sms.texts(number)
+    assert "series of visits is booked" in first and "have moved" in moved and "later ones of its series" in cancelled
+
+
 async def test_what_an_arrival_revoked_comes_back_when_it_is_reverted(world, clinic, visit_type):
     patient_id, _, _ = await world.patient()
     visit = await world.visit(patient_id, clinic, visit_type)
