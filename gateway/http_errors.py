@@ -39,6 +39,8 @@ BY_REASON: Final[Mapping[str, int]] = {
     "SLOT_TAKEN": 409,
     "LINK_EXPIRED": 410,
     "ALREADY_ANSWERED": 409,
+    "OFFER_ANSWERED": 409,
+    "WAITLIST_BUSY": 409,
     "METHOD_NOT_ALLOWED": 405,
     "BODY_TOO_SLOW": 408,
     "BODY_TOO_LARGE": 413,

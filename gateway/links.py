@@ -1,4 +1,4 @@
-"""Patients' links: a survey as a page without a login, readable by everybody, with or without JavaScript."""
+"""Patients' links: a survey or an offered time as a page without a login, readable by everybody, with or without JavaScript."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qsl
+from zoneinfo import ZoneInfo
 
 import grpc
+from babel.dates import format_date, format_time
 from care.feedback.v1 import feedback_pb2, feedback_pb2_grpc
+from care.scheduling.v1 import waitlist_pb2, waitlist_pb2_grpc
+from google.protobuf.timestamp_pb2 import Timestamp
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
@@ -23,7 +28,8 @@ from gateway.http_errors import http_status
 PREFIX: Final = "/p/"
 TEMPLATE: Final = "/p/{token}"
 FORM: Final = "application/x-www-form-urlencoded"
-_TOKEN = re.compile(r"s-[A-Za-z0-9_-]{8,98}")
+_TOKEN = re.compile(r"[sw]-[A-Za-z0-9_-]{8,98}")
+_OFFER: Final = "w-"
 _LANGUAGE = re.compile(r"([A-Za-z]{2,3}(?:-[A-Za-z0-9]{2,8})*)(?:\s*;\s*q=([01](?:\.[0-9]{1,3})?))?")
 _WHOLE = re.compile(r"-?[0-9]{1,6}")
 _ANSWER: Final = "answer."
@@ -53,6 +59,22 @@ TEXTS: Final[Mapping[str, Mapping[str, str]]] = {
         "expired_text": "The time to answer is over. If you would still like to tell us something, please call your clinic.",
         "taken": "This survey was answered already",
         "taken_text": "We have kept the answers that came first. If they should be changed, please call your clinic.",
+        "offer": "A time is free for you",
+        "offer_text": "We are holding this time for you:",
+        "offer_until": "Please answer by",
+        "offer_accept": "Take this time",
+        "offer_decline": "No, thank you",
+        "offer_keep": "If you decline, you stay on the waiting list.",
+        "offer_ACCEPTED": "The time is yours",
+        "offer_ACCEPTED_text": "Your visit is booked. If you had a later visit of the same kind, it is cancelled.",
+        "offer_DECLINED": "You declined this time",
+        "offer_DECLINED_text": "You stay on the waiting list. We will write to you when another time is free.",
+        "offer_place": "Your clinic",
+        "offer_call": "Questions? Call",
+        "offer_over": "This offer has ended",
+        "offer_over_text": "The time to answer is over. You are still on the waiting list. If you have questions, please call your clinic.",
+        "offer_taken": "This offer was answered already",
+        "offer_taken_text": "We have kept the first answer. If it should be changed, please call your clinic.",
         "away": "We can't show this page right now",
         "away_text": "Please try again in a few minutes. Your link still works.",
     },
@@ -75,11 +97,32 @@ TEXTS: Final[Mapping[str, Mapping[str, str]]] = {
         "expired_text": "El plazo para responder ha terminado. Si todavía quiere contarnos algo, llame a su clínica.",
         "taken": "Esta encuesta ya fue respondida",
         "taken_text": "Hemos guardado las primeras respuestas. Si hay que cambiarlas, llame a su clínica.",
+        "offer": "Hay una hora libre para usted",
+        "offer_text": "Le estamos guardando esta hora:",
+        "offer_until": "Responda antes de",
+        "offer_accept": "Acepto esta hora",
+        "offer_decline": "No, gracias",
+        "offer_keep": "Si la rechaza, sigue en la lista de espera.",
+        "offer_ACCEPTED": "La hora es suya",
+        "offer_ACCEPTED_text": "Su cita está reservada. Si tenía una cita posterior del mismo tipo, queda cancelada.",
+        "offer_DECLINED": "Rechazó esta hora",
+        "offer_DECLINED_text": "Sigue en la lista de espera. Le escribiremos cuando haya otra hora libre.",
+        "offer_place": "Su clínica",
+        "offer_call": "¿Preguntas? Llame al",
+        "offer_over": "Esta oferta ha terminado",
+        "offer_over_text": "El plazo para responder ha terminado. Sigue en la lista de espera. Si tiene preguntas, llame a su clínica.",
+        "offer_taken": "Esta oferta ya fue respondida",
+        "offer_taken_text": "Hemos guardado la primera respuesta. Si hay que cambiarla, llame a su clínica.",
         "away": "No podemos mostrar esta página ahora",
         "away_text": "Inténtelo de nuevo en unos minutos. Su enlace sigue funcionando.",
     },
 }
-_SORRY: Final = {"LINK_UNKNOWN": "unknown", "LINK_EXPIRED": "expired", "ALREADY_ANSWERED": "taken"}
+_SORRY: Final = {
+    "LINK_UNKNOWN": "unknown",
+    "LINK_EXPIRED": "expired",
+    "ALREADY_ANSWERED": "taken",
+    "OFFER_ANSWERED": "offer_taken",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +170,7 @@ class Links:
             lstrip_blocks=True,
         )
         self._template = environment.get_template("survey.html")
+        self._offer_template = environment.get_template("offer.html")
         style = (_FOLDER / "survey.css").read_text()
         self._style = Markup(style)  # noqa: S704 - our own file
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -142,6 +186,8 @@ class Links:
     async def get(self, token: str, headers: Mapping[str, str]) -> Page:
         """The survey, or the thanks where it is answered. Uses nothing up: previews and scanners fetch links."""
         try:
+            if token.startswith(_OFFER):
+                return self._offer(await self._show_offer(token), headers)
             return self._survey(await self._look(token, accepted_languages(headers)))
         except Problem as problem:
             return self.error(problem, headers)
@@ -152,13 +198,15 @@ class Links:
         try:
             _known(token)
             form = _form(body)
+            if token.startswith(_OFFER):
+                return self._offer(await self._answer_offer(token, form), headers)
             language = form.get("language", "")
             request = feedback_pb2.AnswerSurveyByLinkRequest(
                 token=token, answers=_answers(form), language=language if _LANGUAGE.fullmatch(language) else ""
             )
             return self._survey(await self._call("AnswerSurveyByLink", request))
         except Problem as problem:
-            if problem.reason not in ("ANSWER_INVALID", "FIELD_INVALID"):
+            if token.startswith(_OFFER) or problem.reason not in ("ANSWER_INVALID", "FIELD_INVALID"):
                 return self.error(problem, headers)
             return await self._again(token, headers, form, problem)
 
@@ -175,6 +223,30 @@ class Links:
         _known(token)
         wished = [each for each in languages if _LANGUAGE.fullmatch(each) and len(each) <= 20][:_MOST_LANGUAGES]
         return await self._call("GetSurveyByLink", feedback_pb2.GetSurveyByLinkRequest(token=token, languages=wished))
+
+    async def _show_offer(self, token: str) -> waitlist_pb2.WaitlistOfferByLink:
+        _known(token)
+        return await self._ask_waitlist(
+            "GetWaitlistOfferByLink", waitlist_pb2.GetWaitlistOfferByLinkRequest(token=token)
+        )
+
+    async def _answer_offer(self, token: str, form: Mapping[str, str]) -> waitlist_pb2.WaitlistOfferByLink:
+        """Raises Invalid `ANSWER_INVALID` for a form that says neither yes nor no."""
+        answer = form.get("answer", "")
+        if answer not in ("accept", "decline"):
+            raise Invalid("ANSWER_INVALID", "The answer must be accept or decline.")
+        request = waitlist_pb2.AnswerWaitlistOfferByLinkRequest(token=token, accept=answer == "accept")
+        return await self._ask_waitlist("AnswerWaitlistOfferByLink", request)
+
+    async def _ask_waitlist(self, name: str, request: Any) -> waitlist_pb2.WaitlistOfferByLink:
+        stub: Any = waitlist_pb2_grpc.WaitlistLinksServiceStub(self._clients.channel("scheduling"))
+        try:
+            answer: waitlist_pb2.WaitlistOfferByLink = await getattr(stub, name)(
+                request, timeout=self._timeout, metadata=self._clients.own_metadata()
+            )
+        except grpc.RpcError as error:
+            raise problem_from_rpc(error) from error
+        return answer
 
     async def _call(self, name: str, request: Any) -> feedback_pb2.SurveyByLink:
         stub: Any = feedback_pb2_grpc.SurveyLinksServiceStub(self._clients.channel("feedback"))
@@ -213,9 +285,27 @@ class Links:
             sorry="",
         )
 
+    def _offer(self, offer: waitlist_pb2.WaitlistOfferByLink, headers: Mapping[str, str]) -> Page:
+        """Time and place, and the two buttons as long as the offer is open."""
+        language = next((each for each in accepted_languages(headers) if each.split("-")[0].lower() in TEXTS), "en")
+        short = language.split("-")[0].lower()
+        html = self._offer_template.render(
+            language=short,
+            text=in_texts(short),
+            style=self._style,
+            status=waitlist_pb2.WaitlistOffer.Status.Name(offer.status),
+            when=_local(offer.start_time, offer.time_zone, short),
+            until=_local(offer.expire_time, offer.time_zone, short),
+            clinic=offer.clinic,
+            phone=offer.phone,
+        )
+        return Page(200, self._headers, html.encode())
+
     def error(self, problem: Problem, headers: Mapping[str, str]) -> Page:
         """A friendly page for whatever went wrong; the status is the same as the API's."""
         sorry = _SORRY.get(problem.reason, "")
+        if sorry == "expired" and "waitlist" in problem.metadata.get("kind", ""):
+            sorry = "offer_over"
         status = http_status(problem, if_match=False)
         if not sorry:
             sorry = "unknown" if status in (400, 404) else "away"
@@ -239,6 +329,13 @@ class Links:
     def _page(self, status: int, language: str, reason: str | None, **values: Any) -> Page:
         html = self._template.render(language=language, text=in_texts(language), style=self._style, **values)
         return Page(status, self._headers, html.encode(), reason)
+
+
+def _local(instant: Timestamp, zone: str, language: str) -> str:
+    """Day and time by the clinic's clock, with the zone's abbreviation."""
+    local, locale = instant.ToDatetime(tzinfo=UTC).astimezone(ZoneInfo(zone or "UTC")), f"{language}_US"
+    told = f"{format_date(local, 'full', locale=locale)}, {format_time(local, 'short', locale=locale)}"
+    return f"{told} {local.tzname() or ''}".replace("\u202f", " ")
 
 
 def in_texts(language: str) -> Mapping[str, str]:

@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 audit_app = typer.Typer(help="The audit's chain.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
+waitlist_app = typer.Typer(help="The waitlist.", no_args_is_help=True)
+app.add_typer(waitlist_app, name="waitlist")
 
 Data = Annotated[
     Path, typer.Option("--data", envvar="CARE_DATA", metavar="DIR", help="Folder with the data of `care up`.")
@@ -285,6 +287,35 @@ def verify(
     raise typer.Exit(0 if all(whole) else 1)
 
 
+@waitlist_app.command("run")
+def run_waitlist(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be offered to whom.")] = False,
+    data: Data = DATA,
+) -> None:
+    """Offer what was freed to those who wait, now; by the ids of entries, with the parts of each score."""
+
+    async def work(service: "Service", settings: "Settings") -> None:
+        from services.scheduling.backfill import backfill, preview
+
+        server = _server(service, settings)
+        try:
+            for one in await preview(server.runtime):
+                slot = one.slot
+                typer.echo(
+                    f"slot {slot.id}  {slot.start_time:%Y-%m-%d %H:%M %Z}  visit type {slot.visit_type_id}: {one.status}"
+                )
+                for place, (wish, score) in enumerate(one.best, 1):
+                    parts = ", ".join(f"{name} {points}" for name, points in score.parts.items())
+                    typer.echo(f"  {place}. entry {wish.entry_id}  {score.total} points ({parts})")
+            done = 0 if dry_run else await backfill(server.runtime)
+        finally:
+            await server.clients.close()
+            await server.database.stop()
+        typer.echo("Nothing was changed." if dry_run else f"{done} steps done.")
+
+    _run(work(*_configured("scheduling", data)))
+
+
 @app.command()
 def doctor(
     name: Annotated[str, typer.Argument(metavar="[NAME]", help=f"One of {_SERVICES}, gateway; all if absent.")] = "",
@@ -330,7 +361,7 @@ def _add_import() -> None:
     app.command("import")(import_command)
 
 
-_OTHERS = {each.callback.__name__ for each in app.registered_commands if each.callback} | {"audit"}
+_OTHERS = {each.callback.__name__ for each in app.registered_commands if each.callback} | {"audit", "waitlist"}
 if not _OTHERS & set(sys.argv[1:2]):  # half a second that they needn't wait for
     _add_import()
 

@@ -25,6 +25,9 @@ TIME = DateTime(timezone=True)
 REMINDER = "appointment-reminder"
 CORRECTION = "appointment-correction"
 SURVEY = "survey"
+WAITLIST_OFFER = "waitlist-offer"
+BY_LINK = (SURVEY, WAITLIST_OFFER)
+"""Kinds whose message carries a link, which is made when it leaves."""
 
 
 class ReminderStatus(enum.StrEnum):

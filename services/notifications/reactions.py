@@ -9,6 +9,7 @@ from care.patients.v1.events_pb2 import PatientEvent
 from care.scheduling.v1.directory_pb2 import Clinic as ClinicState
 from care.scheduling.v1.directory_pb2 import VisitType as VisitTypeState
 from care.scheduling.v1.events_pb2 import AppointmentEvent
+from care.scheduling.v1.waitlist_pb2 import WaitlistEvent
 from care.type.v1.type_pb2 import ContactPoint
 from sqlalchemy import and_, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -26,6 +27,7 @@ from services.notifications.message import (
     REMINDER,
     SURVEY,
     WAITING,
+    WAITLIST_OFFER,
     Message,
     MessageStatus,
     Reminder,
@@ -189,6 +191,41 @@ async def invite(survey: SurveyEvent, event: Event, db: AsyncSession) -> None:
         expire_time=due + timedelta(seconds=useful),
         **_by_policy(policy),
         **_at(due),
+        security_labels=list(event.security_labels),
+    )
+    message.move("make")
+    db.add(message)
+    wake_after_commit(db, SEND_LOOP)
+
+
+@reactions.on("waitlist.offered", payload=WaitlistEvent, shares=True)
+async def tell_offer(entry: WaitlistEvent, event: Event, db: AsyncSession) -> None:
+    """An offered slot is told at once or, by night, not at all: what comes after its end is of no use."""
+    if entry.channel not in ("", "SMS", "EMAIL"):
+        return  # somebody calls
+    once = (Message.tenant_id == event.tenant_id, Message.about_id == entry.offer_id, Message.kind == WAITLIST_OFFER)
+    if (await db.execute(select(Message.id).where(*once))).first() is not None:
+        return
+    scopes = {"clinic": entry.clinic_id, "visit_type": entry.visit_type_id}
+    policy = await policies.current(db, event.tenant_id, "reminders", SHIPPED, **scopes)
+    wished = {**_by_policy(policy)}
+    if entry.channel:
+        wished["channels"] = [entry.channel, *(each for each in wished["channels"] if each != entry.channel)]
+        wished["channel"] = entry.channel
+    message = Message(
+        tenant_id=event.tenant_id,
+        id=new_id(),
+        patient_id=event.patient_id,
+        recipient={"type": "Patient", "id": event.patient_id},
+        recipient_id=event.patient_id,
+        about={"type": "WaitlistOffer", "id": entry.offer_id},
+        about_id=entry.offer_id,
+        clinic_id=entry.clinic_id or None,
+        kind=WAITLIST_OFFER,
+        purpose=WAITLIST_OFFER,
+        expire_time=to_time(entry.offer_expire_time),
+        **wished,
+        **_at(to_time(event.time)),
         security_labels=list(event.security_labels),
     )
     message.move("make")

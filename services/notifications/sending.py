@@ -12,8 +12,9 @@ from care.feedback.v1 import feedback_pb2
 from care.feedback.v1.feedback_pb2_grpc import SurveyInvitationsServiceStub
 from care.patients.v1 import patients_pb2
 from care.patients.v1.patients_pb2_grpc import PatientsServiceStub
-from care.scheduling.v1 import appointments_pb2
+from care.scheduling.v1 import appointments_pb2, waitlist_pb2
 from care.scheduling.v1.appointments_pb2_grpc import AppointmentsServiceStub
+from care.scheduling.v1.waitlist_pb2_grpc import WaitlistServiceStub
 from care.type.v1 import type_pb2
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from prometheus_client import Counter, Gauge, Histogram
@@ -32,6 +33,7 @@ from chassis.timers import Loop, RunningLoop, due
 from chassis.wire import to_time
 from services.notifications.checking import Drop, Go, Known, Recipient, Visit, Wait, decide
 from services.notifications.message import (
+    BY_LINK,
     REMINDER,
     SURVEY,
     WAITING,
@@ -186,6 +188,14 @@ class Start(NamedTuple):
 
     channel: str
     values: Mapping[str, Any]
+
+
+class Offer(NamedTuple):
+    """What a message about an offered slot says; without a token the offer is no longer open."""
+
+    token: str
+    start_time: datetime
+    expire_time: datetime
 
 
 class Again(NamedTuple):
@@ -569,16 +579,21 @@ class Sender:
 
         async with self._slots:
             token = ""
-            if message.kind == SURVEY:
+            offer: Offer | None = None
+            if message.kind in BY_LINK:
                 try:
-                    token = await self._survey_token(message)
+                    if message.kind == SURVEY:
+                        token = await self._survey_token(message)
+                    else:
+                        offer = await self._offer(message)
+                        token = offer.token
                 except NotFound:
                     token = ""
                 except Problem:
                     return await self._settle(batch, message, self._later(batch, message, "service-away"))
                 if not token:
                     return await self._settle(batch, message, Drop("closed"))
-            rendered = self._text(batch, message, go, visit, token)
+            rendered = self._text(batch, message, go, visit, token, offer)
             if rendered is None:
                 return await self._settle(batch, message, self._later(batch, message, "clinic-unknown"))
             if not fresh(_BEGUN_WITHIN):
@@ -601,7 +616,17 @@ class Sender:
         answer = await self._ask(stub.IssueSurveyLink, request, message.tenant_id)
         return str(answer.token)
 
-    def _text(self, batch: Batch, message: Message, go: Go, visit: Visit | None, token: str) -> Rendered | None:
+    async def _offer(self, message: Message) -> "Offer":
+        stub = WaitlistServiceStub(self.runtime.clients.channel("scheduling"))
+        request = waitlist_pb2.IssueWaitlistOfferLinkRequest(
+            tenant_id=message.tenant_id, offer_id=message.about_id, request_id=f"{message.id}:{message.calls}"
+        )
+        answer = await self._ask(stub.IssueWaitlistOfferLink, request, message.tenant_id)
+        return Offer(answer.token, to_time(answer.start_time), to_time(answer.expire_time))
+
+    def _text(
+        self, batch: Batch, message: Message, go: Go, visit: Visit | None, token: str, offer: "Offer | None" = None
+    ) -> Rendered | None:
         """The text, or None while the clinic isn't known here: without it nobody knows what must stay discreet."""
         clinic_id = visit.clinic_id if visit else message.clinic_id or ""
         clinic = batch.clinics.get(clinic_id)
@@ -621,7 +646,8 @@ class Sender:
             labels=message.security_labels,
             clinic=clinic,
             visit_type=visit_type,
-            start=visit.start_time if visit else None,
+            start=visit.start_time if visit else offer.start_time if offer else None,
+            until=offer.expire_time if offer else None,
             modality=visit_type.modality if visit_type else "",
             link=f"{self.settings.link_base_url.rstrip('/')}/p/{token}" if token else "",
         )

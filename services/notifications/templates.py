@@ -103,6 +103,7 @@ def facts(
     clinic: Clinic | None,
     visit_type: VisitType | None = None,
     start: datetime | None = None,
+    until: datetime | None = None,
     modality: str = "",
     link: str = "",
 ) -> dict[str, Any]:
@@ -122,6 +123,9 @@ def facts(
     }
     if start is not None and clinic is not None:
         values |= _when(start, clinic.time_zone, language)
+    if until is not None and clinic is not None:
+        last = _when(until, clinic.time_zone, language)
+        values |= {"until_date": last["short_date"], "until_time": last["time"]}
     return values
 
 

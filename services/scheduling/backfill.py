@@ -23,7 +23,7 @@ from chassis.timers import Loop, RunningLoop, due
 from services.scheduling import booking, matching, occupancy
 from services.scheduling.appointment import Appointment, Status
 from services.scheduling.directory import VisitType
-from services.scheduling.matching import Ranked, Rules
+from services.scheduling.matching import Ranked, Rules, Wish
 from services.scheduling.offers import Place
 from services.scheduling.scheduling_request import follow_visit
 from services.scheduling.waitlist import (
@@ -47,6 +47,13 @@ SWAPPED = {"code": "pat-swl"}
 """Why the later visit is cancelled: FHIR's "Patient: Scheduled from Wait List"."""
 _CANDIDATES_AT_MOST = 2000
 _AT_A_TIME = 50
+_WISHED = (
+    WaitlistEntry.id, WaitlistEntry.visit_type_id, WaitlistEntry.priority, WaitlistEntry.create_time,
+    WaitlistEntry.expire_time, WaitlistEntry.clinic_ids, WaitlistEntry.practitioner_ids, WaitlistEntry.weekdays,
+    WaitlistEntry.earliest_time, WaitlistEntry.latest_time, WaitlistEntry.earliest_date, WaitlistEntry.latest_date,
+    WaitlistEntry.skips,
+)  # fmt: skip
+"""The columns of a `Wish`, but for its last one."""
 _STANDING = (Status.BOOKED, Status.ARRIVED, Status.CHECKED_IN, Status.FULFILLED)
 # Refusals that concern one candidate; any other one concerns the slot.
 _OF_THE_PATIENT = ("PATIENT_BUSY", "PATIENT_DECEASED")
@@ -236,7 +243,7 @@ async def candidates(db: AsyncSession, slot: FreedSlot, held: Terms) -> tuple[li
         ahead.create_time > WaitlistEntry.create_time,
     )
     query = (
-        select(WaitlistEntry, older.start_time)
+        select(WaitlistEntry.status, *_WISHED, older.start_time)
         .outerjoin(
             older,
             and_(
@@ -257,11 +264,11 @@ async def candidates(db: AsyncSession, slot: FreedSlot, held: Terms) -> tuple[li
         )
         .order_by(case(matching.BANDS, value=WaitlistEntry.priority, else_=0).desc(), WaitlistEntry.create_time)
         .limit(_CANDIDATES_AT_MOST)
-        .execution_options(populate_existing=True)
     )
     waiting, busy = [], []
-    for entry, before in (await db.execute(query)).tuples():
-        (waiting if entry.status is EntryStatus.WAITING else busy).append(entry.wish(before))
+    # Not as rows of the session: there may be hundreds of them, of whom one is offered something.
+    for status, *wished in (await db.execute(query)).tuples():
+        (waiting if status is EntryStatus.WAITING else busy).append(Wish(*wished))
     best = matching.ranked(waiting, slot.slot, now, held.weights)
     return best, any(not matching.misfits(wish, slot.slot, now) for wish in busy)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, time, timedelta
+from functools import lru_cache
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -81,22 +82,28 @@ class Rules(NamedTuple):
 
 def misfits(wish: Wish, slot: Slot, now: datetime) -> tuple[str, ...]:
     """Why a slot isn't offered to somebody; empty where it may be."""
-    zone = ZoneInfo(slot.zone)
-    start, end = slot.start.astimezone(zone), slot.end.astimezone(zone)
-    day, clock = start.date().isoformat(), start.strftime("%H:%M")
-    # A visit that ends on the next day is over by no time of its own day.
-    over = end.strftime("%H:%M") if end.date() == start.date() else "24:00"
+    day, weekday, clock, over = _by_the_clock(slot)
     checks = {
         "visit_type": wish.visit_type_id == slot.visit_type_id,
         "clinic": not wish.clinic_ids or slot.clinic_id in wish.clinic_ids,
         "practitioner": not wish.practitioner_ids or slot.practitioner_id in wish.practitioner_ids,
-        "weekday": not wish.weekdays or start.isoweekday() in wish.weekdays,
+        "weekday": not wish.weekdays or weekday in wish.weekdays,
         "time_of_day": clock >= wish.earliest_time and (not wish.latest_time or over <= wish.latest_time),
         "date": day >= wish.earliest_date and (not wish.latest_date or day <= wish.latest_date),
         "not_earlier": wish.before is None or slot.start < wish.before,
         "expired": now < wish.until,
     }
     return tuple(name for name, fits in checks.items() if not fits)
+
+
+@lru_cache(256)
+def _by_the_clock(slot: Slot) -> tuple[str, int, str, str]:
+    """Day, weekday, begin and end of a slot by the clinic's clock: the same for all who are asked about it."""
+    zone = ZoneInfo(slot.zone)
+    start, end = slot.start.astimezone(zone), slot.end.astimezone(zone)
+    # A visit that ends on the next day is over by no time of its own day.
+    over = end.strftime("%H:%M") if end.date() == start.date() else "24:00"
+    return start.date().isoformat(), start.isoweekday(), start.strftime("%H:%M"), over
 
 
 def score(wish: Wish, slot: Slot | None, now: datetime, weights: Mapping[str, Any] = SHIPPED) -> Score:

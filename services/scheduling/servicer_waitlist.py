@@ -313,7 +313,7 @@ def _refuse_ended(offer: WaitlistOffer, now: datetime) -> None:
 
 
 def _ended() -> FailedPrecondition:
-    return FailedPrecondition("LINK_EXPIRED", "The time to answer this offer is over.")
+    return FailedPrecondition("LINK_EXPIRED", "The time to answer this offer is over.", kind="waitlist")
 
 
 async def _page(call: Call, offer: WaitlistOffer) -> pb.WaitlistOfferByLink:

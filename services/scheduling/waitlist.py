@@ -190,6 +190,7 @@ class WaitlistEntry(Living, Base):
         self.move(
             action,
             reason_code=reason_code,
+            channel="" if self.channel in (None, "CODE_UNSPECIFIED") else self.channel,
             offer_id=offer.id if offer is not None else "",
             clinic_id=offer.clinic_id if offer is not None else "",
             practitioner_id=offer.practitioner_id if offer is not None else "",

@@ -38,6 +38,7 @@ async def load(url: str, token: Callable[[str], str]) -> bool:
         await loading.pools()
         await loading.patients()
         await loading.appointments()
+        await loading.waitlist()
         for each in missing:
             await loading.client("admin").post("/v1/questionnaires", each)
         return True
@@ -140,6 +141,33 @@ class _Loading:
                 offer = offers.pop(0)
                 await self.client("scheduler").post(
                     "/v1/appointments", {"patientId": patient_id, "offerToken": offer["offerToken"], "source": "STAFF"}
+                )
+
+        await _each(people.CLINICS, one)
+
+    async def waitlist(self) -> None:
+        """At each clinic two who wait for a physical, one of them urgently, and one who would come earlier."""
+        kinds = {each["code"]: each["id"] for each in await self.all("scheduler", "/v1/visitTypes", "visitTypes")}
+        waiting = await self.all("scheduler", "/v1/waitlistEntries", "waitlistEntries")
+        known = {each["patientId"] for each in waiting}
+
+        async def one(clinic: str) -> None:
+            own = [patient for place, patient in self._patients if place == clinic]
+            for patient, wishes in zip((own[1], own[2], own[4]), people.WAITLIST, strict=True):
+                if patient["id"] in known:
+                    continue
+                facts = {"clinicIds": [self._clinics[clinic]], "language": patient["languages"][0][:2]}
+                code = wishes["code"]
+                if wishes["earlier"]:
+                    theirs = await self.all("scheduler", "/v1/appointments", "appointments", patientIds=[patient["id"]])
+                    facts["appointmentId"] = next(
+                        each["id"]
+                        for each in theirs
+                        if each["visitTypeId"] == kinds[code] and each["status"] == "BOOKED"
+                    )
+                entry = {"waitlistEntry": {**facts, **wishes["entry"]}}
+                await self.client("scheduler").post(
+                    "/v1/waitlistEntries", {"patientId": patient["id"], "visitTypeId": kinds[code], **entry}
                 )
 
         await _each(people.CLINICS, one)

@@ -141,6 +141,18 @@ def consents(patient: Json) -> list[Json]:
     return found
 
 
+# Who waits at each clinic: for what, whether an earlier time is wished for, and the wishes.
+WAITLIST: tuple[Json, ...] = (
+    {
+        "code": "annual-physical",
+        "earlier": False,
+        "entry": {"priority": "URGENT", "weekdays": [1, 2, 3, 4], "channel": "SMS", "ageBand": "18-64"},
+    },
+    {"code": "annual-physical", "earlier": False, "entry": {"priority": "ROUTINE", "latestTime": "12:00"}},
+    {"code": "follow-up", "earlier": True, "entry": {"priority": "ROUTINE", "ageBand": "18-64"}},
+)
+
+
 def _options(*texts: tuple[str, str]) -> list[Json]:
     return [{"value": value, "text": {"en": en, "es": es}} for value, (en, es) in enumerate(texts)]
 

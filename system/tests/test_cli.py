@@ -11,7 +11,20 @@ from system.cli import app
 from system.issuer import ISSUER
 from system.keys import Keys
 
-COMMANDS = ("up", "token", "serve", "migrate", "mailbox", "replay", "audit", "audit verify", "doctor", "import")
+COMMANDS = (
+    "up",
+    "token",
+    "serve",
+    "migrate",
+    "mailbox",
+    "replay",
+    "audit",
+    "audit verify",
+    "waitlist",
+    "waitlist run",
+    "doctor",
+    "import",
+)
 
 
 @pytest.fixture
@@ -77,7 +90,9 @@ def test_the_mailbox_is_printed_to_people_and_to_programs(care, data):
     assert json.loads(care("mailbox", "--json").stdout)["text"] == "See you"
 
 
-@pytest.mark.parametrize("command", ["replay patients", "audit verify", "audit verify patients", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["replay patients", "waitlist run --dry-run", "audit verify", "audit verify patients", "doctor"]
+)
 def test_what_needs_a_running_system_says_so(care, command):
     answer = care(*command.split())
     assert answer.exit_code == 2 and "care up" in answer.stderr

@@ -18,8 +18,15 @@ from care.events.v1.envelope_pb2 import Event
 from care.feedback.v1 import feedback_pb2, feedback_pb2_grpc
 from care.feedback.v1.events_pb2 import SurveyEvent
 from care.patients.v1 import patients_pb2, patients_pb2_grpc
-from care.scheduling.v1 import appointments_pb2, appointments_pb2_grpc, directory_pb2
+from care.scheduling.v1 import (
+    appointments_pb2,
+    appointments_pb2_grpc,
+    directory_pb2,
+    waitlist_pb2,
+    waitlist_pb2_grpc,
+)
 from care.scheduling.v1.events_pb2 import AppointmentEvent
+from care.scheduling.v1.waitlist_pb2 import WaitlistEvent
 from care.type.v1 import type_pb2
 from sqlalchemy import select, text
 from starlette.applications import Starlette
@@ -45,6 +52,7 @@ class Neighbours(
     patients_pb2_grpc.PatientsServiceServicer,
     appointments_pb2_grpc.AppointmentsServiceServicer,
     feedback_pb2_grpc.SurveyInvitationsServiceServicer,
+    waitlist_pb2_grpc.WaitlistServiceServicer,
 ):
     """What patients, scheduling and feedback answer, set by the test."""
 
@@ -52,6 +60,7 @@ class Neighbours(
         self.people = {}
         self.visits = {}
         self.tokens = {}
+        self.offers = {}
         self.away = set()
         self.delay = 0.0
         self.asked = []
@@ -83,6 +92,10 @@ class Neighbours(
     async def IssueSurveyLink(self, request, context):
         await self._answer("feedback", context)
         return feedback_pb2.IssueSurveyLinkResponse(token=self.tokens.get(request.invitation_id, ""))
+
+    async def IssueWaitlistOfferLink(self, request, context):
+        await self._answer("scheduling", context)
+        return self.offers.get(request.offer_id, waitlist_pb2.IssueWaitlistOfferLinkResponse())
 
 
 class SmsProvider:
@@ -178,6 +191,7 @@ class World:
         patients_pb2_grpc.add_PatientsServiceServicer_to_server(self.neighbours, self._grpc)
         appointments_pb2_grpc.add_AppointmentsServiceServicer_to_server(self.neighbours, self._grpc)
         feedback_pb2_grpc.add_SurveyInvitationsServiceServicer_to_server(self.neighbours, self._grpc)
+        waitlist_pb2_grpc.add_WaitlistServiceServicer_to_server(self.neighbours, self._grpc)
         await self._grpc.start()
         await self.sms.start()
         await self.mail.start()
@@ -295,6 +309,20 @@ class World:
         self.neighbours.tokens[survey.id] = token
         await self.tell("survey.invited", survey, aggregate_id=survey.id, patient_id=patient_id)
         return survey
+
+    async def offer(
+        self, patient_id, clinic, *, token="w-SECRETTOKEN", ends_in=timedelta(hours=2), channel="", version=2
+    ):
+        """A slot that scheduling offers from its waitlist."""
+        start = datetime(2027, 3, 16, 14, 0, tzinfo=UTC)
+        event = WaitlistEvent(id=new_id(), offer_id=new_id(), clinic_id=clinic.id, status="OFFERED", channel=channel)
+        event.start_time.FromDatetime(start)
+        event.offer_expire_time.FromDatetime(datetime.now(UTC) + ends_in)
+        self.neighbours.offers[event.offer_id] = waitlist_pb2.IssueWaitlistOfferLinkResponse(
+            token=token, start_time=start, expire_time=event.offer_expire_time, clinic_id=clinic.id
+        )
+        await self.tell("waitlist.offered", event, aggregate_id=event.id, patient_id=patient_id, version=version)
+        return event
 
     # -- what came of it -----------------------------------------------------------------------------------------------
 

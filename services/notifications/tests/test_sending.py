@@ -243,6 +243,28 @@ async def test_the_link_of_a_survey_leaves_and_is_kept_nowhere(world, clinic):
     assert token not in world.harness.log_of("notifications")
 
 
+async def test_an_offered_slot_is_told_with_time_place_and_a_link_that_is_kept_nowhere(world, clinic):
+    patient_id, number, _ = await world.patient(languages=("es",))
+    offered = await world.offer(patient_id, clinic)
+    message = await world.message(offered.offer_id, "COMPLETED")
+    (told,) = world.sms.texts(number)
+    assert "Maple Street Clinic" in told and "16 de mar de 2027" in told and "Responda antes de" in told
+    assert "http://care.test/p/w-SECRETTOKEN" in told and "w-SECRETTOKEN" not in message.text
+    assert (message.kind, message.language) == ("waitlist-offer", "es")
+
+
+async def test_an_offer_that_has_ended_or_is_told_by_voice_is_not_sent(world, clinic):
+    patient_id, number, address = await world.patient()
+    late = await world.offer(patient_id, clinic, ends_in=timedelta(seconds=-1))
+    assert (await world.message(late.offer_id, "NOT_DONE")).status_reason == "too-late"
+    answered = await world.offer(patient_id, clinic, token="")
+    assert (await world.message(answered.offer_id, "NOT_DONE")).status_reason == "closed"
+    await world.offer(patient_id, clinic, channel="VOICE")
+    mailed = await world.offer(patient_id, clinic, channel="EMAIL")
+    assert (await world.message(mailed.offer_id, "COMPLETED")).channel == "EMAIL"
+    assert not world.sms.texts(number) and len(world.mail.to(address)) == 1
+
+
 async def test_an_invitation_that_is_closed_is_not_sent(world, clinic):
     patient_id, number, _ = await world.patient()
     survey = await world.invite(patient_id, clinic, "")
