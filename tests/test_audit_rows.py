@@ -59,6 +59,7 @@ class Walk:
         self.world = world
         self.called: dict[str, Called] = {}
         self.auditor = self.outsider = self.clinic = self.doctor = self.practitioner = self.visit_type = self.pool = ""
+        self.held = ""
         self.offers: list[str] = []
         self.booked: list[str] = []
 
@@ -101,6 +102,10 @@ class Walk:
         patient_id = await self.world.harness.subject(self.clinic)
         book = appointments_pb2.CreateAppointmentRequest(patient_id=patient_id, offer_token=self.offers.pop())
         self.booked.append(await self._make(AppointmentsServiceStub, "CreateAppointment", book, "booker"))
+        hold = appointments_pb2.HoldAppointmentRequest(
+            patient_id=patient_id, offer_token=self.offers.pop(0), hold_seconds=3600
+        )
+        self.held = await self._make(AppointmentsServiceStub, "HoldAppointment", hold, "booker")
         # The directory reaches the other services by event.
         await asyncio.sleep(2)
 
@@ -158,6 +163,8 @@ class Walk:
             values["history"] = [  # type: ignore[assignment]
                 {"action": "planted", "from_status": before.name, "to_status": status.name, "time": _ago(0).isoformat()}
             ]
+        if rpc.method.name == "AcceptClearingVisit":
+            values |= {"appointment_id": self.booked[-1], "hold_id": self.held}
         if rpc.method.name == "BookSchedulingRequest" and model.__name__ == "Appointment":
             values["status"] = "BOOKED"
         if rpc.method.name in ("ArriveAppointment", "MarkNoShowAppointment"):
@@ -247,6 +254,7 @@ BY_HAND: dict[str, Callable[[Any, str, Walk], None]] = {
     "BookSchedulingRequest": lambda request, row_id, _walk: _set(request, appointment_id=row_id),
     "CreateWaitlistEntry": lambda request, _id, walk: _set(request, visit_type_id=walk.visit_type),
     "GetWaitlistScore": lambda request, _id, _walk: _set(request, clinic_id=""),
+    "ClearDay": lambda request, _id, walk: _set(request, id=walk.practitioner, clinic_id="", date="2099-01-05"),
     "CancelAppointment": lambda request, _id, _walk: _set(request.reason, code="pat"),
     "CreateConsent": lambda request, _id, _walk: _set(request.consent, contact_value=_PHONE["value"]),
     "CreateLogin": lambda request, _id, _walk: _set(request.login.person, type="Patient"),

@@ -286,6 +286,8 @@ def test_the_shipped_limits_are_these() -> None:
             "backfill_lockout": 14_400,
             "offer_standing": 7200,
             "offer_standing_at_least": 900,
+            "clearing_settle": 10,
+            "clearing_offer": 172_800,
         },
         "referrals": {},
         "notifications": {

@@ -25,6 +25,7 @@ SHIPPED: Mapping[str, Any] = {
     "referral-overdue": {"business_days": 1},
     "visit-without-referral": {"business_days": 1},
     "request-overdue": {"business_days": 1},
+    "visit-must-move": {"business_days": 1},
     "critical-answer": {"minutes": 15},
 }
 """Code of a task to business days of the clinic or minutes after the event."""

@@ -8,6 +8,7 @@ from care.feedback.v1 import events_pb2 as feedback
 from care.notifications.v1 import events_pb2 as notifications
 from care.patients.v1 import events_pb2 as own
 from care.referrals.v1 import events_pb2 as referrals
+from care.scheduling.v1 import clearings_pb2 as clearings
 from care.scheduling.v1 import directory_pb2
 from care.scheduling.v1 import events_pb2 as scheduling
 from care.scheduling.v1 import requests_pb2 as requests
@@ -315,6 +316,40 @@ async def request_went_on(_request: requests.SchedulingRequestEvent, event: Even
     await _cancel(db, event, "request-overdue", "moved-on")
 
 
+@reactions.on("clearing_visit.offered", "clearing_visit.left", payload=clearings.ClearingVisitEvent, shares=True)
+async def ask_about_move(moved: clearings.ClearingVisitEvent, event: Event, db: AsyncSession) -> None:
+    """A visit can't take place and nobody may move it without asking: somebody calls, unless it has moved on since.
+
+    The task is about the appointment, whose version is the episode: whatever moves or ends it, ends the task.
+    """
+    if not await timeline.is_outdated(
+        db, event.tenant_id, event.patient_id, moved.appointment_id, moved.appointment_version
+    ):
+        await _open(
+            db,
+            event,
+            "visit-must-move",
+            "Appointment",
+            source_id=moved.appointment_id,
+            clinic_id=moved.clinic_id,
+            purpose="scheduling",
+            episode=str(moved.appointment_version),
+            reason_code=moved.status.lower(),
+        )
+
+
+@reactions.on(
+    "appointment.rescheduled",
+    "appointment.cancelled",
+    "appointment.entered_in_error",
+    payload=scheduling.AppointmentEvent,
+    shares=True,
+)
+async def visit_went_on(_appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
+    """It moved or ended: nobody needs to call about that any more."""
+    await _cancel(db, event, "visit-must-move", event.type.partition(".")[2].replace("_", "-"))
+
+
 async def _patient(db: AsyncSession, event: Event) -> Patient | None:
     """The patient's row, locked: reactions to one patient's visits go one after the other, replays too."""
     query = select(Patient).where(Patient.tenant_id == event.tenant_id, Patient.id == event.patient_id)
@@ -340,6 +375,7 @@ async def _open(
     source: str,
     *,
     clinic_id: str,
+    source_id: str = "",
     purpose: str = "coordination",
     priority: str = "ROUTINE",
     episode: str = "",
@@ -352,7 +388,7 @@ async def _open(
         tenant_id=event.tenant_id,
         patient_id=event.patient_id,
         code=code,
-        source=(source, event.aggregate_id),
+        source=(source, source_id or event.aggregate_id),
         episode=episode,
         purpose=purpose,
         priority=priority,

@@ -23,7 +23,7 @@ SHIPPED: dict[str, frozenset[str]] = {
     for name, permissions in {
         "coordinator": _WORK
         | _BOOK
-        | {*_DESK, "tasks.assign", "referrals.write", "referrals.triage", "patients.break_glass"},
+        | {*_DESK, "tasks.assign", "referrals.write", "referrals.triage", "patients.break_glass", "appointments.clear"},
         "scheduler": _WORK | _BOOK | {"appointments.overbook", *_DESK},
         "front_desk": _WORK | _BOOK | _DESK,
         "nurse": _WORK | _BOOK | {*_DESK, "patients.break_glass", "referrals.write"},
@@ -32,8 +32,8 @@ SHIPPED: dict[str, frozenset[str]] = {
         "manager": _WORK
         | _BOOK
         | {
-            *_DESK, "appointments.void", "appointments.overbook", "tasks.assign", "directory.write",
-            "pools.write", "referrals.write", "referrals.triage", "accesses.read", "measures.read",
+            *_DESK, "appointments.void", "appointments.overbook", "appointments.clear", "tasks.assign",
+            "directory.write", "pools.write", "referrals.write", "referrals.triage", "accesses.read", "measures.read",
         },
         "quality": _READ | {"questionnaires.write", "measures.read"},
         "privacy_officer": _READ | {"accesses.read", "patients.break_glass", "tasks.write"},

@@ -5,6 +5,7 @@ from pathlib import Path
 from care.scheduling.v1 import (
     appointments_pb2,
     board_pb2,
+    clearings_pb2,
     directory_pb2,
     events_pb2,
     feeds_pb2,
@@ -19,12 +20,14 @@ from chassis.errors import Aborted, AlreadyExists
 from chassis.service import Service
 from chassis.timers import Loop
 from services.scheduling.backfill import BackfillLoop
+from services.scheduling.clearing_work import CLEARINGS, clear_days
 from services.scheduling.directory import Base
 from services.scheduling.expiry import expire_holds
 from services.scheduling.reactions import OVERDUE, reactions, tell_overdue_requests
 from services.scheduling.servicer_appointments import AppointmentsServicer
 from services.scheduling.servicer_availability import AvailabilityServicer
 from services.scheduling.servicer_board import DayBoardServicer
+from services.scheduling.servicer_clearings import ClearingsServicer
 from services.scheduling.servicer_directory import (
     ClinicsServicer,
     PractitionersServicer,
@@ -53,6 +56,7 @@ SERVICE = Service(
         appointments_pb2.DESCRIPTOR.services_by_name["AvailabilityService"]: AvailabilityServicer(),
         appointments_pb2.DESCRIPTOR.services_by_name["AppointmentsService"]: AppointmentsServicer(),
         board_pb2.DESCRIPTOR.services_by_name["DayBoardService"]: DayBoardServicer(),
+        clearings_pb2.DESCRIPTOR.services_by_name["ClearingsService"]: ClearingsServicer(),
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingRequestsService"]: SchedulingRequestsServicer(),
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingPreferencesService"]: SchedulingPreferencesServicer(),
         series_pb2.DESCRIPTOR.services_by_name["SeriesService"]: SeriesServicer(),
@@ -70,6 +74,8 @@ SERVICE = Service(
         "schedule": directory_pb2.Schedule,
         "appointment": events_pb2.AppointmentEvent,
         "hold": events_pb2.AppointmentEvent,
+        "clearing": clearings_pb2.ClearingEvent,
+        "clearing_visit": clearings_pb2.ClearingVisitEvent,
         "scheduling_request": requests_pb2.SchedulingRequestEvent,
         "series": series_pb2.SeriesEvent,
         "waitlist": waitlist_pb2.WaitlistEvent,
@@ -79,6 +85,7 @@ SERVICE = Service(
     warm=(calendar.warm,),
     loops=(
         Loop("hold expiry", expire_holds, every=1.0),
+        Loop(CLEARINGS, clear_days, every=2.0),
         Loop(OVERDUE, tell_overdue_requests, every=5.0),
         BackfillLoop(),
         Loop("old occupancy", delete_old_occupancy, every=EVERY_SECONDS),

@@ -36,3 +36,7 @@ class SchedulingSettings(Settings):
     """By the clinic's clock; before it nothing is offered, since nobody may be written to."""
     offers_until: str = Field(default="19:00", pattern="^([01][0-9]|2[0-3]):[0-5][0-9]$")
     """After it nothing is offered on that day; the same as `offers_from` for day and night."""
+    clearing_settle: float = 10
+    """So long after days were closed one looks for visits that were booked at the same moment."""
+    clearing_offer: float = 2 * 86400
+    """How long another time is held for a visit that must move."""
