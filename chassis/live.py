@@ -354,6 +354,11 @@ class Live:
                     self._told.inc()
 
     def _concerned(self, event: Event, view: View) -> list[Watcher]:
+        if event.payload_type not in (
+            "",
+            view.payload.DESCRIPTOR.full_name,
+        ):  # told of the same kind, but something else
+            return []
         payload = view.payload.FromString(event.payload)
         scopes = view.scopes_of(payload)
         listening = [one for scope in scopes for one in self._watchers.get((view, event.tenant_id, scope), ())]

@@ -559,13 +559,12 @@ class Pipeline:
                 await _refuse(context, problem)
                 raise AssertionError from None  # abort() does not return
 
-            async def write(item: bytes) -> None:
-                try:
-                    await context.write(item)
-                except grpc.aio.InternalError:  # the reader has gone in the middle of it
-                    raise asyncio.CancelledError from None
-
-            await watcher.pass_on(write, lambda problem: _refuse(context, problem))
+            try:
+                await watcher.pass_on(context.write, lambda problem: _refuse(context, problem))
+            except (
+                grpc.aio.InternalError
+            ):  # the reader has gone in the middle of a write: else grpc logs it as a defect
+                raise asyncio.CancelledError from None
 
         return serve
 

@@ -116,8 +116,16 @@ async def hub() -> AsyncIterator[Hub]:
     await hub.close()
 
 
-def happened(kind: str, payload: Any, tenant: str = "north", patient: str = "", labels: Sequence[str] = ()) -> Record:
+def happened(
+    kind: str,
+    payload: Any,
+    tenant: str = "north",
+    patient: str = "",
+    labels: Sequence[str] = (),
+    payload_type: str = "",
+) -> Record:
     event = Event(id="e1", type=kind, tenant_id=tenant, aggregate_id="a1", payload=payload.SerializeToString())
+    event.payload_type = payload_type or payload.DESCRIPTOR.full_name
     event.patient_id = patient
     event.security_labels.extend(labels)
     return Record("care.made-up", 0, 0, "a1", event.SerializeToString(), (), 0)
@@ -137,6 +145,7 @@ async def test_only_the_scope_of_the_same_tenant_is_told(hub: Hub) -> None:
         happened("pool.changed", pool("there")),
         happened("pool.changed", pool("here"), tenant="south"),
         happened("consent.created", pool("here")),
+        happened("pool.counted", pool("here"), payload_type="care.patients.v1.TaskEvent"),
         happened("pool.changed", pool("there", "here")),
     )
     assert kinds(told) == ["RESET", "CHANGED"]
