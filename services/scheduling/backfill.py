@@ -574,5 +574,4 @@ async def preview(runtime: "Runtime", count: int = 3) -> list[Preview]:
             best, busy = await candidates(db, slot, held)
             state = "offered" if slot.status is SlotStatus.OFFERED else "others are deciding" if busy else "open"
             found.append(Preview(slot, best[:count], state))
-        await db.rollback()
     return found

@@ -10,6 +10,7 @@ from care.scheduling.v1 import waitlist_pb2 as pb
 
 from chassis.bus.postgres import PostgresBus
 from chassis.testing.harness import Harness
+from services.scheduling.backfill import preview
 from services.scheduling.service import SERVICE
 from services.scheduling.tests.desk import refused, soon
 from services.scheduling.tests.waiting import ALWAYS_OPEN, WaitingDesk
@@ -452,6 +453,22 @@ async def test_a_score_is_explained(desk):
     )
     told = await desk.waitlist("GetWaitlistScore", named)
     assert list(told.misfits) == ["practitioner", "weekday"]
+
+
+async def test_a_dry_run_shows_who_would_be_next_and_changes_nothing(desk):
+    first, second = await desk.enlist(priority="URGENT"), await desk.enlist()
+    await freed(desk)
+    offer_id = (await desk.until(first, "OFFERED")).offer_id
+    shown = [
+        one
+        for one in await preview(desk.harness.servers["scheduling"].runtime)
+        if one.slot.practitioner_id == desk.doctor
+    ]
+    assert [(one.status, [wish.entry_id for wish, _ in one.best]) for one in shown if one.best] == [
+        ("offered", [second.id])
+    ]
+    assert sum(shown[0].best[0].score.parts.values()) == shown[0].best[0].score.total == 300
+    assert (await desk.entry(first)).offer_id == offer_id and not await desk.offers(second)
 
 
 async def test_a_tenants_weights_and_times_are_data(desk):
