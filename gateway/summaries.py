@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
@@ -15,7 +15,7 @@ from care.gateway.v1 import gateway_pb2
 from care.notifications.v1 import notifications_pb2
 from care.patients.v1 import patients_pb2, tasks_pb2
 from care.referrals.v1 import referrals_pb2
-from care.scheduling.v1 import appointments_pb2
+from care.scheduling.v1 import appointments_pb2, requests_pb2, waitlist_pb2
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
@@ -36,7 +36,9 @@ _MOST_ACCESSES: Final = 200
 _REFUSALS: Final = frozenset(
     (StatusCode.NOT_FOUND, StatusCode.PERMISSION_DENIED, StatusCode.INVALID_ARGUMENT, StatusCode.UNAUTHENTICATED)
 )
+_MISSED_WITHIN: Final = timedelta(days=365)
 _STATUS = appointments_pb2.Appointment
+_WAITS: Final = (waitlist_pb2.WaitlistEntry.WAITING, waitlist_pb2.WaitlistEntry.OFFERED)
 # A visit may begin, and be over, before its time.
 _UPCOMING: Final = (_STATUS.PENDING, _STATUS.BOOKED, _STATUS.ARRIVED, _STATUS.CHECKED_IN, _STATUS.FULFILLED)
 
@@ -63,6 +65,7 @@ class Summaries:
         self._timeout = timeout
         self.rpcs: Mapping[str, Aggregate] = {
             "care.gateway.v1.SummariesService/GetPatientSummary": self.get_patient_summary,
+            "care.gateway.v1.SummariesService/GetCallSheet": self.get_call_sheet,
             "care.gateway.v1.SummariesService/ListPatientAccesses": self.list_patient_accesses,
         }
 
@@ -161,6 +164,99 @@ class Summaries:
         sections.add("tasks", f"/v1/tasks?patientId={link}&includeSnoozed=true", {"open": (tasks.result(), "tasks")})
         return sections.done()
 
+    async def get_call_sheet(self, request: gateway_pb2.GetCallSheetRequest, token: str) -> Json:
+        """CallSheet as JSON. Raises as the summary does."""
+        patient_id = request.id
+        now, year = Timestamp(), Timestamp()
+        now.FromDatetime(datetime.now(UTC))
+        year.FromDatetime(datetime.now(UTC) - _MISSED_WITHIN)
+
+        def leg(service: str, method: str, asked: Message, kind: type[M]) -> asyncio.Task[M | Away]:
+            return asyncio.create_task(self._leg(service, method, asked, kind, token))
+
+        appointments = "care.scheduling.v1.AppointmentsService/ListAppointments"
+        patient = leg(
+            "patients",
+            "care.patients.v1.PatientsService/GetPatient",
+            patients_pb2.GetPatientRequest(id=patient_id),
+            patients_pb2.Patient,
+        )
+        upcoming = leg(
+            "scheduling",
+            appointments,
+            appointments_pb2.ListAppointmentsRequest(
+                patient_ids=[patient_id], statuses=_UPCOMING, start_time_from=now, page_size=_SECTION
+            ),
+            appointments_pb2.ListAppointmentsResponse,
+        )
+        missed = leg(
+            "scheduling",
+            appointments,
+            appointments_pb2.ListAppointmentsRequest(
+                patient_ids=[patient_id],
+                statuses=[_STATUS.NOSHOW],
+                start_time_from=year,
+                descending=True,
+                page_size=_SECTION,
+            ),
+            appointments_pb2.ListAppointmentsResponse,
+        )
+        referrals = leg(
+            "referrals",
+            "care.referrals.v1.ReferralsService/ListReferrals",
+            referrals_pb2.ListReferralsRequest(patient_ids=[patient_id], open=True, page_size=_SECTION),
+            referrals_pb2.ListReferralsResponse,
+        )
+        requests = leg(
+            "scheduling",
+            "care.scheduling.v1.SchedulingRequestsService/ListSchedulingRequests",
+            requests_pb2.ListSchedulingRequestsRequest(patient_ids=[patient_id], open=True, page_size=_SECTION),
+            requests_pb2.ListSchedulingRequestsResponse,
+        )
+        waits = leg(
+            "scheduling",
+            "care.scheduling.v1.WaitlistService/ListWaitlistEntries",
+            waitlist_pb2.ListWaitlistEntriesRequest(patient_ids=[patient_id], statuses=_WAITS, page_size=_SECTION),
+            waitlist_pb2.ListWaitlistEntriesResponse,
+        )
+        wishes = leg(
+            "scheduling",
+            "care.scheduling.v1.SchedulingPreferencesService/GetSchedulingPreferences",
+            requests_pb2.GetSchedulingPreferencesRequest(patient_id=patient_id),
+            requests_pb2.SchedulingPreferences,
+        )
+        legs = (patient, upcoming, missed, referrals, requests, waits, wishes)
+        try:
+            who = await patient
+            if isinstance(who, Away):
+                raise _without_patients(who.problem)
+            await asyncio.gather(*legs)
+        finally:
+            for each in legs:
+                each.cancel()
+
+        sections = _Sections(self._codec)
+        sections.answer["patient"] = sections.encode(who)
+        link = quote(patient_id)
+        sections.add(
+            "appointments",
+            f"/v1/appointments?patientIds={link}",
+            {"upcoming": (upcoming.result(), "appointments"), "missed": (missed.result(), "appointments")},
+        )
+        sections.add(
+            "referrals", f"/v1/referrals?patientIds={link}&open=true", {"open": (referrals.result(), "referrals")}
+        )
+        sections.add(
+            "requests",
+            f"/v1/schedulingRequests?patientIds={link}&open=true",
+            {"open": (requests.result(), "scheduling_requests")},
+        )
+        sections.add(
+            "waitlist", f"/v1/waitlistEntries?patientIds={link}", {"open": (waits.result(), "waitlist_entries")}
+        )
+        sections.put("preferences", wishes.result())
+        return sections.done()
+
     async def list_patient_accesses(self, request: gateway_pb2.ListPatientAccessesRequest, token: str) -> Json:
         """ListPatientAccessesResponse as JSON. Raises what patients answers; else what another service refuses with."""
         size = min(request.page_size if request.page_size > 0 else _ACCESSES, _MOST_ACCESSES)
@@ -228,6 +324,13 @@ class _Sections:
                 section[key] = [encode(row) for row in rows]
         section["next"] = link
         self.answer[name] = section
+
+    def put(self, name: str, answer: Message | Away) -> None:
+        """A section that is one message."""
+        if not isinstance(answer, Away):
+            self.answer[name] = self.encode(answer)
+        elif answer.degraded:
+            self._degraded[answer.service] = None
 
     def done(self) -> Json:
         if self._degraded:

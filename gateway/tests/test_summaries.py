@@ -8,7 +8,7 @@ from care.audit.v1 import audit_pb2
 from care.feedback.v1 import feedback_pb2
 from care.patients.v1 import patients_pb2, tasks_pb2
 from care.referrals.v1 import referrals_pb2
-from care.scheduling.v1 import appointments_pb2
+from care.scheduling.v1 import appointments_pb2, requests_pb2, waitlist_pb2
 
 from chassis.errors import NotFound, PermissionDenied, Problem, Unavailable
 from gateway.tests.conftest import SERVICES, Start, World
@@ -242,3 +242,75 @@ async def test_accesses_of_a_hidden_patient_are_not_found(start: Start) -> None:
     assert (await world.http.get(f"/v1/patients/{ID}/accesses")).status_code == 404
     await world.services["patients"].server.stop(0)
     assert (await world.http.get(f"/v1/patients/{ID}/accesses")).status_code == 404
+
+
+def furnish_calls(world: World) -> None:
+    furnish(world)
+    sheet = "care.scheduling.v1."
+
+    async def appointments(request: Any, metadata: dict[str, str]) -> Any:
+        missed = list(request.statuses) == [appointments_pb2.Appointment.NOSHOW]
+        assert request.HasField("start_time_from") and missed == request.descending
+        kind = "missed" if missed else "next"
+        return appointments_pb2.ListAppointmentsResponse(appointments=[appointments_pb2.Appointment(id=kind)])
+
+    async def requests(request: Any, metadata: dict[str, str]) -> Any:
+        assert request.open
+        asked = requests_pb2.SchedulingRequest(id="q", attempts=[{"outcome": "VOICEMAIL"}])
+        return requests_pb2.ListSchedulingRequestsResponse(scheduling_requests=[asked])
+
+    async def waits(request: Any, metadata: dict[str, str]) -> Any:
+        return waitlist_pb2.ListWaitlistEntriesResponse(waitlist_entries=[waitlist_pb2.WaitlistEntry(id="w")])
+
+    async def wishes(request: Any, metadata: dict[str, str]) -> Any:
+        return requests_pb2.SchedulingPreferences(patient_id=request.patient_id, barriers=[{"code": "transport"}])
+
+    world.services["scheduling"].answers |= {
+        f"{sheet}AppointmentsService/ListAppointments": appointments,
+        f"{sheet}SchedulingRequestsService/ListSchedulingRequests": requests,
+        f"{sheet}WaitlistService/ListWaitlistEntries": waits,
+        f"{sheet}SchedulingPreferencesService/GetSchedulingPreferences": wishes,
+    }
+
+
+CALL = f"/v1/patients/{ID}/callSheet"
+SHEET = {
+    "patient": {"id": ID, "etag": '"1"'},
+    "appointments": {
+        "upcoming": [{"id": "next"}],
+        "missed": [{"id": "missed"}],
+        "next": f"/v1/appointments?patientIds={ID}",
+    },
+    "referrals": {"open": [{"id": "r"}], "next": f"/v1/referrals?patientIds={ID}&open=true"},
+    "requests": {
+        "open": [{"id": "q", "attempts": [{"outcome": "VOICEMAIL"}]}],
+        "next": f"/v1/schedulingRequests?patientIds={ID}&open=true",
+    },
+    "waitlist": {"open": [{"id": "w"}], "next": f"/v1/waitlistEntries?patientIds={ID}"},
+    "preferences": {"patientId": ID, "barriers": [{"code": "transport"}]},
+}
+
+
+async def test_who_has_the_patient_on_the_phone_reads_all_in_one_call(start: Start) -> None:
+    world = await start()
+    furnish_calls(world)
+    answer = await world.http.get(CALL)
+    assert (answer.status_code, answer.json()) == (200, SHEET)
+
+
+async def test_a_call_sheet_leaves_out_who_does_not_answer_and_is_none_without_the_patient(start: Start) -> None:
+    world = await start()
+    furnish_calls(world)
+    world.services["referrals"].answers["care.referrals.v1.ReferralsService/ListReferrals"] = raising(
+        Unavailable("SERVICE_UNAVAILABLE", "No.")
+    )
+    world.services["scheduling"].answers["care.scheduling.v1.WaitlistService/ListWaitlistEntries"] = raising(
+        PermissionDenied("PERMISSION_MISSING", "No.", permission="waitlist.read")
+    )
+    answer = (await world.http.get(CALL)).json()
+    assert answer == {
+        **{key: SHEET[key] for key in SHEET.keys() - {"referrals", "waitlist"}},
+        "degraded": ["referrals"],
+    }
+    world.services["patients"].answers["care.patients.v1.PatientsService/GetPatient"] = raising(NotFound("NOT_FOUND"))
+    assert (await world.http.get(CALL)).status_code == 404

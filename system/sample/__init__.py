@@ -39,6 +39,7 @@ async def load(url: str, token: Callable[[str], str]) -> bool:
         await loading.patients()
         await loading.appointments()
         await loading.waitlist()
+        await loading.requests()
         for each in missing:
             await loading.client("admin").post("/v1/questionnaires", each)
         return True
@@ -169,6 +170,27 @@ class _Loading:
                 await self.client("scheduler").post(
                     "/v1/waitlistEntries", {"patientId": patient["id"], "visitTypeId": kinds[code], **entry}
                 )
+
+        await _each(people.CLINICS, one)
+
+    async def requests(self) -> None:
+        """At each clinic visits that somebody must still make, one of them tried already, and one patient who may be moved."""
+        asked = await self.all("scheduler", "/v1/schedulingRequests", "schedulingRequests")
+        known = {each["patientId"] for each in asked}
+        client = self.client("scheduler")
+
+        async def one(clinic: str) -> None:
+            own = [patient["id"] for place, patient in self._patients if place == clinic]
+            for patient_id, wanted in zip(own, people.REQUESTS, strict=False):
+                if patient_id in known:
+                    continue
+                request = {**wanted["request"], "patientId": patient_id, "clinicId": self._clinics[clinic]}
+                made = await client.post("/v1/schedulingRequests", request)
+                for attempt in wanted["attempts"]:
+                    await client.post(f"/v1/schedulingRequests/{made['id']}:recordAttempt", attempt)
+            for patient_id in own[:1]:
+                wishes = {"preferences": people.WISHES}
+                await client.post(f"/v1/patients/{patient_id}/schedulingPreferences:set", wishes)
 
         await _each(people.CLINICS, one)
 

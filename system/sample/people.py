@@ -142,6 +142,22 @@ def consents(patient: Json) -> list[Json]:
 
 
 # Who waits at each clinic: for what, whether an earlier time is wished for, and the wishes.
+REQUESTS: list[Json] = [
+    {
+        "request": {"origin": "RECALL", "priority": "ROUTINE", "note": "Yearly check of the blood pressure"},
+        "attempts": [{"outcome": "VOICEMAIL", "note": "Asked for a call back"}, {"outcome": "NO_ANSWER"}],
+    },
+    {"request": {"origin": "PATIENT", "priority": "URGENT"}, "attempts": []},
+]
+"""What is still to be scheduled for the first patients of each clinic, with the tries so far."""
+WISHES: Json = {
+    "weekdays": [2, 4],
+    "earliest": "09:00",
+    "mayBeMoved": {"withinDays": 14, "samePractitioner": True},
+    "barriers": [{"code": "transport", "display": "Comes by bus"}],
+}
+"""How the first patient of each clinic wishes to be scheduled."""
+
 WAITLIST: tuple[Json, ...] = (
     {
         "code": "annual-physical",
