@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
 from chassis.access import Caller, NeedSubject, seen, visible
+from chassis.asking import Known, fact
 from chassis.auth import Identity
 from chassis.errors import Aborted, FailedPrecondition, Invalid, NotFound, PermissionDenied, Unauthenticated
 from chassis.model import Act, Aggregate, by_id
@@ -56,6 +57,7 @@ class Call:
         """Issuer and subject of the caller's token; empty for our own services."""
         # Of a batch: the audit rows of the reads that it joins.
         self.notes: list[dict[str, Any]] = []
+        self.known: Known = {}
         self._db: AsyncSession | None = None
         self._reading: Reading | None = None
         self._now: datetime | None = None
@@ -75,6 +77,10 @@ class Call:
         """Raises PermissionDenied `PERMISSION_MISSING` where the caller lacks a permission beyond the RPC's own."""
         if not self.allows(permission):
             raise missing(permission)
+
+    def fact(self, what: str, about: str) -> Any:
+        """What another service knows; it is asked outside the transaction, and the method begins anew."""
+        return fact(self.known, (what, about))
 
     # -- session -------------------------------------------------------------------------------------------------------
 
@@ -115,6 +121,7 @@ class Call:
     def begin(self, db: AsyncSession, now: datetime | None = None) -> None:
         """Bind the session; from `now` on changes carry who, for whom and when."""
         self._db, self._now, self._reading = db, now, None
+        db.info["known"] = self.known
         if now is not None:
             db.info["act"] = Act(self.actor, now, self.on_behalf_of, self.source)
 

@@ -28,6 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.exc import StaleDataError
 
 from chassis.access import Access, Caller, NeedSubject
+from chassis.asking import Ask, Known, NeedFact
 from chassis.auth import Identity, Verifier
 from chassis.call import Call, missing
 from chassis.clients import Clients
@@ -112,6 +113,8 @@ class Runtime:
     tables: ChassisTables
     clients: Clients
     live: Live
+    asks: Mapping[str, Ask] = field(default_factory=dict)
+    """How to ask other services for what methods need to know."""
     loops: dict[str, RunningLoop] = field(default_factory=dict)
     page_signer: Signer = field(init=False)
     loop_metrics: LoopMetrics = field(init=False)
@@ -141,6 +144,7 @@ class Exchange:
     identity: Identity | None = None
     confirmed: list[str] = field(default_factory=list)
     looked: bool = False
+    known: Known = field(default_factory=dict)
     call: Call | None = None
     db: AsyncSession | None = None
     key: dict[str, str] = field(default_factory=dict)
@@ -212,6 +216,10 @@ async def see(exchange: Exchange, proceed: Proceed) -> Message:
             if not exchange.looked:  # found in the end, so it was no deny
                 access.granted(caller, asked)
             return answer
+        except NeedFact as need:
+            what, about = need.key
+            exchange.known[need.key] = await exchange.runtime.asks[what](exchange.runtime, caller.tenant_id, about)
+            continue
         except NeedSubject as need:
             exchange.looked = exchange.looked or need.optional
             fresh = [one for one in need.subject_ids if one not in exchange.confirmed]
@@ -249,6 +257,7 @@ async def transact(exchange: Exchange, proceed: Proceed) -> Message:
         call = exchange.call = Call(
             runtime, method, exchange.request, exchange.caller, exchange.confirmed, looked=exchange.looked
         )
+        call.known = exchange.known
         call.on_behalf_of = exchange.credentials.on_behalf_of
         if exchange.identity is not None and exchange.identity.service is None:
             call.login = exchange.identity.issuer, exchange.identity.subject

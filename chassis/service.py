@@ -28,6 +28,7 @@ from sqlalchemy.orm import DeclarativeBase
 from chassis import access as accesses
 from chassis import migrations
 from chassis.access import Access
+from chassis.asking import Ask
 from chassis.auditing import AuditServicer, Sealer
 from chassis.auth import Credential, Verifier
 from chassis.batch import BatchServicer
@@ -63,6 +64,8 @@ class Service:
     """Services whose topics it reads. All but the owner of access read `patients`."""
     loops: Sequence[Loop] = ()
     reasons: Reasons = field(default_factory=dict)
+    asks: Mapping[str, Ask] = field(default_factory=dict)
+    """How to ask other services for what methods need to know before they can decide."""
     owns_access: bool = False
     settings: type[Settings] = Settings
     warm: Sequence[Callable[[], None]] = ()
@@ -141,6 +144,7 @@ class Server:
             ),
             telemetry=telemetry,
             reasons=service.reasons,
+            asks=service.asks,
             tables=tables,
             clients=self.clients,
             live=Live(bus, service.topic, self.access, settings, telemetry),

@@ -57,10 +57,13 @@ CONFLICTS: Final = frozenset(
         "CLINIC_UNKNOWN",
         "CLINIC_WITHOUT_ZONE",
         "FEED_LIMIT_REACHED",
+        "HELD_BACK",
         "HOLD_EXPIRED",
         "LETTER_NOT_SENT",
         "MANAGED_OUTSIDE",
         "NOT_CLINIC_DAY",
+        "NOT_ELIGIBLE",
+        "NOT_LICENSED",
         "NO_POOL",
         "OCCURRENCE_PAST",
         "OFFER_EXPIRED",
@@ -68,6 +71,8 @@ CONFLICTS: Final = frozenset(
         "OVERBOOKING_NOT_ALLOWED",
         "PATIENT_DECEASED",
         "PREVIOUS_STANDS",
+        "QUOTA_REACHED",
+        "SELF_SERVICE_TOO_LATE",
         "TOO_EARLY",
     }
 )

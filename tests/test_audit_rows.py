@@ -220,7 +220,7 @@ def _series(request: Any, _row_id: str, walk: Walk) -> None:
 
 
 # What the descriptors alone can't know.
-BY_HAND: dict[str, Callable[[Any, str, Walk], None]] = {
+BY_HAND: dict[str, Callable[[Any, str, Walk], object]] = {
     "CreateQuestionnaire": _questionnaire,
     "UpsertPatient": lambda request, _id, _walk: _identified(request.patient),
     "UpsertClinic": lambda request, _id, _walk: _identified(request.clinic, name="A", time_zone="America/New_York"),
@@ -240,6 +240,10 @@ BY_HAND: dict[str, Callable[[Any, str, Walk], None]] = {
     ),
     "CreateSchedule": lambda request, _id, walk: _set(request.schedule, practitioner_id=walk.practitioner),
     "SearchAvailability": lambda request, _id, walk: _set(request, visit_type_id=walk.visit_type),
+    "SearchDayCounts": lambda request, _id, walk: _set(request.search, visit_type_id=walk.visit_type),
+    "SearchPanel": lambda request, _id, walk: [_set(step, visit_type_id=walk.visit_type) for step in request.steps],
+    "GetStrandedAppointments": lambda request, row_id, _walk: _set(request, schedule_id=row_id),
+    "CreateResource": lambda request, _id, _walk: _set(request.resource, kind="audited", name="A"),
     "CreateAppointment": lambda request, _id, walk: _set(request, clinic_id="", offer_token=walk.offers.pop()),
     "WalkInAppointment": lambda request, _id, walk: (
         _set(request, visit_type_id=walk.visit_type, practitioner_id=walk.doctor)

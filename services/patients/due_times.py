@@ -19,6 +19,7 @@ from services.patients.patient import Base
 POLICY = "task-due"
 SHIPPED: Mapping[str, Any] = {
     "rebook-no-show": {"business_days": 1},
+    "stranded-visit": {"business_days": 1},
     "low-score": {"business_days": 2},
     "undelivered-message": {"business_days": 1},
     "deceased-review": {"business_days": 1},

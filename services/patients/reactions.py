@@ -39,6 +39,7 @@ _TIMELINE: dict[type[Message], tuple[str, ...]] = {
         "appointment.cancelled",
         "appointment.reverted",
         "appointment.entered_in_error",
+        "appointment.stranded",
     ),
     waitlist.WaitlistEvent: (
         "waitlist.added",
@@ -204,6 +205,35 @@ async def forget_no_show(appointment: scheduling.AppointmentEvent, event: Event,
     if appointment.previous_status == "NOSHOW":
         await _patient(db, event)
         await _cancel(db, event, "rebook-no-show", event.type.partition(".")[2].replace("_", "-"))
+
+
+@reactions.on("appointment.stranded", payload=scheduling.AppointmentEvent, shares=True)
+async def move_stranded(appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
+    """A change of hours has left a visit outside: somebody moves it, unless it has moved on since."""
+    await _patient(db, event)
+    if not await _is_outdated(db, event):
+        await _open(
+            db,
+            event,
+            "stranded-visit",
+            "Appointment",
+            clinic_id=appointment.clinic_id,
+            episode=str(event.version),
+        )
+
+
+@reactions.on(
+    "appointment.rescheduled",
+    "appointment.cancelled",
+    "appointment.arrived",
+    "appointment.fulfilled",
+    "appointment.entered_in_error",
+    payload=scheduling.AppointmentEvent,
+    shares=True,
+)
+async def stranded_no_more(_appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
+    """The visit was moved, ended, or takes place after all."""
+    await _cancel(db, event, "stranded-visit", event.type.partition(".")[2].replace("_", "-"))
 
 
 @reactions.on("response.critical", payload=feedback.ResponseEvent, shares=True)

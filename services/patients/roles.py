@@ -24,7 +24,7 @@ SHIPPED: dict[str, frozenset[str]] = {
         "coordinator": _WORK
         | _BOOK
         | {*_DESK, "tasks.assign", "referrals.write", "referrals.triage", "patients.break_glass", "appointments.clear"},
-        "scheduler": _WORK | _BOOK | {"appointments.overbook", *_DESK},
+        "scheduler": _WORK | _BOOK | {"appointments.overbook", "appointments.held_back", *_DESK},
         "front_desk": _WORK | _BOOK | _DESK,
         "nurse": _WORK | _BOOK | {*_DESK, "patients.break_glass", "referrals.write"},
         "clinician": _WORK
@@ -32,8 +32,8 @@ SHIPPED: dict[str, frozenset[str]] = {
         "manager": _WORK
         | _BOOK
         | {
-            *_DESK, "appointments.void", "appointments.overbook", "appointments.clear", "tasks.assign",
-            "directory.write", "pools.write", "referrals.write", "referrals.triage", "accesses.read", "measures.read",
+            *_DESK, "appointments.void", "appointments.overbook", "appointments.clear", "appointments.held_back",
+            "tasks.assign", "directory.write", "pools.write", "referrals.write", "referrals.triage", "accesses.read", "measures.read",
         },
         "quality": _READ | {"questionnaires.write", "measures.read"},
         "privacy_officer": _READ | {"accesses.read", "patients.break_glass", "tasks.write"},

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from care.access.v1 import access_pb2
-from care.patients.v1 import consents_pb2, events_pb2, patients_pb2, staff_pb2, tasks_pb2, timeline_pb2
+from care.patients.v1 import consents_pb2, events_pb2, facts_pb2, patients_pb2, staff_pb2, tasks_pb2, timeline_pb2
 
 from chassis import calendar
 from chassis.errors import AlreadyExists
@@ -13,6 +13,7 @@ from services.patients.patient import Base
 from services.patients.reactions import reactions
 from services.patients.servicer_access import AccessServicer, beat
 from services.patients.servicer_consents import ConsentsServicer
+from services.patients.servicer_facts import FactsServicer
 from services.patients.servicer_patients import PatientsServicer
 from services.patients.servicer_staff import PoolsServicer, RolesServicer, StaffServicer
 from services.patients.servicer_tasks import TasksServicer
@@ -26,6 +27,7 @@ SERVICE = Service(
     servicers={
         access_pb2.DESCRIPTOR.services_by_name["AccessService"]: AccessServicer(),
         patients_pb2.DESCRIPTOR.services_by_name["PatientsService"]: PatientsServicer(),
+        facts_pb2.DESCRIPTOR.services_by_name["FactsService"]: FactsServicer(),
         staff_pb2.DESCRIPTOR.services_by_name["StaffService"]: StaffServicer(),
         staff_pb2.DESCRIPTOR.services_by_name["PoolsService"]: PoolsServicer(),
         staff_pb2.DESCRIPTOR.services_by_name["RolesService"]: RolesServicer(),

@@ -106,6 +106,9 @@ class Appointment(Living, Base):
     series_start_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
     series_part: ClassVar[int] = 0
     """Of several visits of a series that the present act is about: which one; told with its event, not kept."""
+    interpreter_language: Mapped[str] = mapped_column(Text, default="", server_default=text("''"))
+    # As it was when the time was promised; quotas count it.
+    new_patient: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
 
     # -- verbs ---------------------------------------------------------------------------------------------------------
 

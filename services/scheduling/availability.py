@@ -12,6 +12,7 @@ Intervals are half-open `(start, end)` pairs of UTC epoch seconds. The rules, ea
 * **Hours bind the visit, occupancy binds its buffers too**: `[start, end)` lies within the open hours of the practitioner
   and of every resource taken; `[start - before, end + after)` meets no occupancy of theirs. Rows of occupancy hold
   their own buffers. For the patient only `[start, end)` counts.
+* **Held-back blocks** open so many hours before the block begins, all of the block at once.
 """
 
 import heapq
@@ -32,13 +33,28 @@ _FOREVER = 1 << 62
 _PROBE = 6 * 3600
 
 
+class Quota(NamedTuple):
+    """At most so many visits may start in one occurrence of a block: of these types (empty: all), or of new patients."""
+
+    at_most: int
+    visit_type_ids: frozenset[str] = frozenset()
+    new_patients: bool = False
+
+    def counts(self, visit_type_id: str, new_patient: bool) -> bool:
+        """Whether a visit is one of those that it limits."""
+        return (new_patient or not self.new_patients) and (
+            not self.visit_type_ids or visit_type_id in self.visit_type_ids
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class WeeklyHours:
     """One block of each week in local wall time.
 
     `weekday` is 0 for Monday to 6 for Sunday and names the day on which the block begins; `end <= start` ends on the next
     day (00:00 to 00:00 is the whole day). `visit_type_ids` empty allows every visit type. The validity bounds are
-    both inclusive and judged on the day on which the block begins.
+    both inclusive and judged on the day on which the block begins. `release_hours` is how long before it begins a block
+    that is held back opens; 0 for one that isn't.
     """
 
     weekday: int
@@ -47,6 +63,13 @@ class WeeklyHours:
     visit_type_ids: frozenset[str] = frozenset()
     valid_from: date | None = None
     valid_until: date | None = None
+    release_hours: int = 0
+    staff_only: bool = False
+    quotas: tuple[Quota, ...] = ()
+
+    def takes(self, visit_type_id: str | None) -> bool:
+        """Whether such visits may be in it."""
+        return visit_type_id is None or not self.visit_type_ids or visit_type_id in self.visit_type_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +108,14 @@ class Resource:
     """A practitioner, room or device: its hours, exceptions and taken ranges (all lanes, in any order).
 
     `hours` None means always open, save for its own `closed` exceptions; the clinic's closed days do not touch it.
+    `starts` are the ranges in which a visit may start at all, ascending and disjoint; None for any time.
     """
 
     id: str
     hours: Sequence[WeeklyHours] | None = None
     exceptions: Sequence[DateException] = ()
     occupied: Sequence[Interval] = ()
+    starts: Sequence[Interval] | None = None
 
 
 class Slot(NamedTuple):
@@ -234,6 +259,21 @@ class LocalClock:
                 yield at
                 at = at + step if DAY % step == 0 else _round_up(at + offset + 1, step) - offset
 
+    def days(self, start: int, end: int, step: int) -> Iterator[tuple[int, int, int]]:
+        """What `grid` shows, counted: (ordinal of the local date, how many, the first) for each day, one or several times."""
+        for span_start, span_end, offset in self._grid_spans:
+            if span_end <= start:
+                continue
+            if span_start >= end:
+                return
+            stop = min(end, span_end)
+            at = _round_up(max(start, span_start) + offset, step) - offset
+            while at < stop:
+                day = (at + offset) // DAY
+                midnight = (day + 1) * DAY - offset
+                yield day + _EPOCH, -((at - min(stop, midnight)) // step), at
+                at = midnight
+
 
 def _round_up(local: int, step: int) -> int:
     midnight = local - local % DAY
@@ -258,18 +298,19 @@ def _open(
     start: int,
     end: int,
     visit_type_id: str | None,
+    now: int = _FOREVER,
 ) -> Iterator[Interval]:
     """The merged open intervals of `[start, end)`, computed a local day at a time as they are asked for."""
     if hours is None and not exceptions:
         if start < end:
             yield start, end
         return
-    week: list[list[tuple[int, int, int, int]]] = [[] for _ in range(7)]
+    week: list[list[tuple[int, int, int, int, int]]] = [[] for _ in range(7)]
     for block in hours or ():
-        if visit_type_id is None or not block.visit_type_ids or visit_type_id in block.visit_type_ids:
-            since = block.valid_from.toordinal() if block.valid_from else 0
-            until = block.valid_until.toordinal() if block.valid_until else _FOREVER
-            week[block.weekday].append((*_seconds(block.start, block.end), since, until))
+        if block.takes(visit_type_id):
+            opens, closes, since, until = _bounds(block)
+            held = now + 3600 * block.release_hours if block.release_hours else _FOREVER
+            week[block.weekday].append((opens, closes, since, until, held))
     closed: dict[int, list[Interval]] = {}
     extra: dict[int, list[Interval]] = {}
     for exception in exceptions:
@@ -288,12 +329,16 @@ def _open(
         if hours is None:
             parts.append((low, high))
         elif day not in shut:
-            for opens, closes, since, until in week[(day - 2) % 7]:  # yesterday's blocks that pass midnight
+            for opens, closes, since, until, held in week[(day - 2) % 7]:  # yesterday's blocks that pass midnight
                 if closes > DAY and since <= day - 1 <= until:
-                    parts.append((clock.instant(day - 1, opens), clock.instant(day - 1, closes)))
-            for opens, closes, since, until in week[(day - 1) % 7]:
+                    begins = clock.instant(day - 1, opens)
+                    if begins <= held:
+                        parts.append((begins, clock.instant(day - 1, closes)))
+            for opens, closes, since, until, held in week[(day - 1) % 7]:
                 if since <= day <= until:
-                    parts.append((clock.instant(day, opens), clock.instant(day, closes)))
+                    begins = clock.instant(day, opens)
+                    if begins <= held:
+                        parts.append((begins, clock.instant(day, closes)))
         if extra:
             parts += _on(extra, day, clock)
         cut = _on(closed, day, clock) if closed else []
@@ -317,6 +362,13 @@ def _open(
         yield carried
 
 
+def _bounds(block: WeeklyHours) -> tuple[int, int, int, int]:
+    """Seconds since midnight of both ends, and the ordinals of the first and last day on which it may begin."""
+    since = block.valid_from.toordinal() if block.valid_from else 0
+    until = block.valid_until.toordinal() if block.valid_until else _FOREVER
+    return *_seconds(block.start, block.end), since, until
+
+
 def _on(by_day: dict[int, list[Interval]], day: int, clock: LocalClock) -> list[Interval]:
     return [
         (clock.instant(begin, first), clock.instant(begin, last))
@@ -333,12 +385,29 @@ def open_intervals(
     window_start: int,
     window_end: int,
     visit_type_id: str | None = None,
+    now: int = _FOREVER,
 ) -> list[Interval]:
-    """What is open within the window, merged and clipped to it; only blocks that allow the visit type, if one is named."""
+    """What is open within the window, merged and clipped to it; only blocks that allow the visit type, if one is named.
+
+    With `now`, blocks that are held back then are left out.
+    """
     if window_end <= window_start:
         return []
     clock = LocalClock(zone, window_start, window_end)
-    return list(_open(hours, exceptions, closed_days, clock, window_start, window_end, visit_type_id))
+    return list(_open(hours, exceptions, closed_days, clock, window_start, window_end, visit_type_id, now))
+
+
+def occurrences(block: WeeklyHours, zone: ZoneInfo, window_start: int, window_end: int) -> list[Interval]:
+    """Each time that a block comes round and touches the window, whole: not clipped, closed days and leave not taken off."""
+    clock = LocalClock(zone, window_start, window_end)
+    opens, closes, since, until = _bounds(block)
+    found = []
+    for day in range(clock.day(window_start) - 1, clock.day(window_end) + 2):
+        if (day - 1) % 7 == block.weekday and since <= day <= until:
+            begins, ends = clock.instant(day, opens), clock.instant(day, closes)
+            if begins < window_end and ends > window_start and begins < ends:
+                found.append((begins, ends))
+    return found
 
 
 # --- free starts -----------------------------------------------------------------------------------------------------
@@ -404,16 +473,43 @@ class _Ranges:
 _Pools = Sequence[Sequence[tuple[str, _Ranges]]]
 
 
-def _choose(pools: _Pools, at: int, taken: tuple[str, ...]) -> tuple[str, ...] | None:
+def _choose(pools: _Pools, at: int, practitioner_id: str) -> tuple[str, ...] | None:
     """One free resource of each pool, none twice, the pool's order preferred; None if there is no such choice."""
     if not pools:
         return ()
-    for resource_id, ranges in pools[0]:
-        if resource_id not in taken and at in ranges:
-            rest = _choose(pools[1:], at, (*taken, resource_id))
-            if rest is not None:
-                return (resource_id, *rest)
-    return None
+    if len(pools) == 1:
+        for resource_id, ranges in pools[0]:
+            if at in ranges and resource_id != practitioner_id:
+                return (resource_id,)
+        return None
+    free = [[name for name, ranges in pool if at in ranges and name != practitioner_id] for pool in pools]
+    return one_of_each(free)
+
+
+def one_of_each(pools: Sequence[Sequence[str]]) -> tuple[str, ...] | None:
+    """One of each pool, none twice, what stands first in a pool preferred; None where there is no such choice.
+
+    By augmenting paths: tried one after the other, pools that share their members would take exponential time.
+    """
+    holder: dict[str, int] = {}
+
+    def give(number: int, seen: set[str]) -> bool:
+        for name in pools[number]:
+            if name not in seen and name not in holder:
+                holder[name] = number
+                return True
+        for name in pools[number]:
+            if name not in seen:
+                seen.add(name)
+                if give(holder[name], seen):
+                    holder[name] = number
+                    return True
+        return False
+
+    if not all(give(number, set()) for number in range(len(pools))):
+        return None
+    chosen = {number: name for name, number in holder.items()}
+    return tuple(chosen[number] for number in range(len(pools)))
 
 
 def free_starts(
@@ -429,24 +525,125 @@ def free_starts(
     clinic_id: str = "",
     wanted: Sequence[WeeklyHours] = (),
     patient_occupied: Sequence[Interval] = (),
+    held_back: bool = False,
 ) -> Iterator[Slot]:
     """Free starts at one clinic, earliest first, computed only as far as they are consumed.
 
     `requirements` is all-of, each a pool of candidates that is any-of; a resource serves one requirement at a time.
     `window_start <= slot.start < window_end`, and not before `now` + minimum notice. `wanted` are the patient's wishes
-    as weekly local windows in which the whole visit must lie (empty: any time). To go on after a slot, pass its start as
+    as weekly local windows in which the whole visit must lie (empty: any time). `held_back` shows blocks that are held
+    back as if they were open. To go on after a slot, pass its start as
     `window_start` and drop what is `<=` it.
     """
-    duration, before, after = (60 * m for m in (visit_type.duration, visit_type.buffer_before, visit_type.buffer_after))
-    first = max(window_start, now + 60 * visit_type.minimum_notice)
-    if first >= window_end:
+    found = _possible(
+        practitioners,
+        requirements,
+        visit_type,
+        zone=zone,
+        window=(window_start, window_end),
+        now=now,
+        closed_days=closed_days,
+        wanted=wanted,
+        patient_occupied=patient_occupied,
+        held_back=held_back,
+    )
+    if found is None:
         return iter(())
-    last = window_end + duration - 1  # a visit may end after the window, not start there
+    clock, pools, possible = found
+    duration, step = 60 * visit_type.duration, 60 * visit_type.grid
+
+    def starts(practitioner_id: str, ranges: Iterator[Interval]) -> Iterator[Slot]:
+        for low, high in ranges:
+            for at in clock.grid(low, high, step):
+                chosen = _choose(pools, at, practitioner_id)
+                if chosen is not None:
+                    yield Slot(at, clinic_id, practitioner_id, at + duration, chosen)
+
+    return earliest_first(*(starts(practitioner_id, ranges) for practitioner_id, ranges in possible))
+
+
+def count_by_day(
+    practitioners: Sequence[Resource],
+    requirements: Sequence[Sequence[Resource]],
+    visit_type: VisitType,
+    *,
+    zone: ZoneInfo,
+    window_start: int,
+    window_end: int,
+    now: int,
+    closed_days: frozenset[date] = frozenset(),
+    wanted: Sequence[WeeklyHours] = (),
+    patient_occupied: Sequence[Interval] = (),
+    held_back: bool = False,
+) -> dict[int, tuple[int, int]]:
+    """How many slots `free_starts` has on each local date, and the first of them, by the date's ordinal."""
+    found = _possible(
+        practitioners,
+        requirements,
+        visit_type,
+        zone=zone,
+        window=(window_start, window_end),
+        now=now,
+        closed_days=closed_days,
+        wanted=wanted,
+        patient_occupied=patient_occupied,
+        held_back=held_back,
+    )
+    days: dict[int, tuple[int, int]] = {}
+    if found is None:
+        return days
+    clock, pools, possible = found
+    step = 60 * visit_type.grid
+    for practitioner_id, ranges in possible:
+        for low, high in ranges:
+            if pools:
+                grid = clock.grid(low, high, step)
+                counted = [(clock.day(at), 1, at) for at in grid if _choose(pools, at, practitioner_id) is not None]
+            else:
+                counted = list(clock.days(low, high, step))
+            for day, count, first in counted:
+                before = days.get(day)
+                days[day] = (count, first) if before is None else (before[0] + count, min(before[1], first))
+    return days
+
+
+_Possible = tuple[LocalClock, _Pools, list[tuple[str, Iterator[Interval]]]]
+
+
+def _possible(
+    practitioners: Sequence[Resource],
+    requirements: Sequence[Sequence[Resource]],
+    visit_type: VisitType,
+    *,
+    zone: ZoneInfo,
+    window: Interval,
+    now: int,
+    closed_days: frozenset[date],
+    wanted: Sequence[WeeklyHours],
+    patient_occupied: Sequence[Interval],
+    held_back: bool,
+) -> _Possible | None:
+    """The clock, what the pools offer, and each practitioner's ranges of starts; None where the window is over."""
+    duration, before, after = (60 * m for m in (visit_type.duration, visit_type.buffer_before, visit_type.buffer_after))
+    first = max(window[0], now + 60 * visit_type.minimum_notice)
+    if first >= window[1]:
+        return None
+    last = window[1] + duration - 1  # a visit may end after the window, not start there
     clock = LocalClock(zone, first, last)
 
     def ranges(resource: Resource) -> Iterator[Interval]:
-        opened = _open(resource.hours, resource.exceptions, closed_days, clock, first, last, visit_type.id)
-        return _start_ranges(opened, resource.occupied, duration, before, after)
+        opened = _open(
+            resource.hours,
+            resource.exceptions,
+            closed_days,
+            clock,
+            first,
+            last,
+            visit_type.id,
+            _FOREVER if held_back else now,
+        )
+        found = _start_ranges(opened, resource.occupied, duration, before, after)
+        return found if resource.starts is None else _both(found, iter(resource.starts))
 
     rooms = {resource.id: _Ranges(ranges(resource)) for pool in requirements for resource in pool}
     pools = [[(resource.id, rooms[resource.id]) for resource in pool] for pool in requirements]
@@ -457,17 +654,13 @@ def free_starts(
     if patient_occupied:
         limits.append(_Ranges(_start_ranges(iter([(first, last)]), patient_occupied, duration, 0, 0)))
 
-    def starts(practitioner: Resource) -> Iterator[Slot]:
-        possible = ranges(practitioner)
+    def limited(practitioner: Resource) -> Iterator[Interval]:
+        found = ranges(practitioner)
         for limit in limits:
-            possible = _both(possible, iter(limit))
-        for low, high in possible:
-            for at in clock.grid(low, high, 60 * visit_type.grid):
-                chosen = _choose(pools, at, (practitioner.id,))
-                if chosen is not None:
-                    yield Slot(at, clinic_id, practitioner.id, at + duration, chosen)
+            found = _both(found, iter(limit))
+        return found
 
-    return earliest_first(*map(starts, practitioners))
+    return clock, pools, [(practitioner.id, limited(practitioner)) for practitioner in practitioners]
 
 
 def earliest_first(*iterators: Iterable[Slot]) -> Iterator[Slot]:

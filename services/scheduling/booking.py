@@ -5,15 +5,25 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Text, Uuid, bindparam, select, text
+from sqlalchemy import BigInteger, Boolean, DateTime, Text, Uuid, bindparam, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from chassis.asking import fact
 from chassis.errors import AlreadyExists, FailedPrecondition, Invalid, LostRace, PermissionDenied
-from services.scheduling import occupancy
+from services.scheduling import eligibility, occupancy, policies
 from services.scheduling.appointment import Appointment, Status
-from services.scheduling.availability import DAY, open_intervals
-from services.scheduling.directory import Clinic, Practitioner, Schedule, VisitType
+from services.scheduling.availability import DAY, Interval, Quota, WeeklyHours, occurrences, one_of_each, open_intervals
+from services.scheduling.directory import (
+    INTERPRETER,
+    Clinic,
+    Need,
+    Practitioner,
+    Schedule,
+    VisitType,
+    exceptions,
+    weekly,
+)
 from services.scheduling.occupancy import LANES, PACKED, Span
 from services.scheduling.offers import Place
 
@@ -31,6 +41,23 @@ class Overbooking:
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms somebody books. What is the default holds for staff and for the system itself."""
+
+    self_service: bool = False
+    """A patient, or somebody who acts for one, books without staff."""
+    held_back: bool = False
+    """Times that are held back may be taken."""
+    referral: bool = False
+    """There is a referral."""
+    payer: str = ""
+    """Code of the payer, where one was named."""
+
+
+STAFF = Terms()
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """Somebody or something that can be taken, and how it stands in the wanted time."""
 
@@ -41,6 +68,7 @@ class Candidate:
     """Lanes in which something stands."""
     stale: bool
     """Holds stand in the way whose time is over."""
+    languages: tuple[str, ...] = ()
 
     def lane(self, cap: int) -> int | None:
         """The first lane up to `cap` in which nothing stands; where nothing is permitted, nothing may stand in any."""
@@ -59,38 +87,94 @@ class Found:
     practitioner: Practitioner
     schedule: Schedule | None
     candidates: Sequence[Candidate]
+    established: bool = False
+    """The patient had a visit of this specialty in the last years."""
+    weekly: tuple[WeeklyHours, ...] = ()
 
     @property
     def end(self) -> int:
         """Epoch second at which the visit ends."""
         return self.place.start + 60 * self.visit_type.duration_minutes
 
-    def check(self, earliest: int) -> None:
-        """Raises FailedPrecondition `OUTSIDE_HOURS` where this can't be booked at all, taken or not."""
+    def check(self, now: int, earliest: int, terms: Terms) -> None:
+        """Raises FailedPrecondition where this can't be booked at all, taken or not: `OUTSIDE_HOURS`, `HELD_BACK`."""
         visit_type, start = self.visit_type, self.place.start
         specialty = (visit_type.specialty or {}).get("code")
         if not visit_type.active:
             raise _outside("This visit type is no longer booked.")
         if not self.clinic.bookable or not self.practitioner.active or self.schedule is None:
             raise _outside("This practitioner sees no patients at this clinic now.")
-        if specialty and not self.practitioner.has_specialty(self.place.clinic_id, specialty):
-            raise _outside("This practitioner doesn't have the specialty that the visit type asks for.")
+        in_force = self.practitioner.in_force(self.place.clinic_id, [specialty] if specialty else ())
+        if not any(begin <= start < end for begin, end in in_force):
+            raise _outside(
+                "This practitioner has no role at this clinic then, or not the specialty that the visit type asks for."
+            )
         if start < earliest:
             raise _outside("The start is past, or sooner than the visit type's notice allows.")
-        zone = self.clinic.zone
+        shown = [block for block in self.weekly if not (terms.self_service and block.staff_only)]
+        if not self._holds(shown, None if terms.held_back else now):
+            if not terms.self_service and self._holds(shown, None):
+                raise FailedPrecondition("HELD_BACK", "This time is held back for now.")
+            raise _outside("The practitioner's hours at this clinic don't hold this visit.")
+
+    def _holds(self, hours: Sequence[WeeklyHours], now: int | None) -> bool:
+        """Whether the practitioner's hours hold the visit, as they are released at a time, or as they will be."""
+        assert self.schedule is not None
+        start, zone = self.place.start, self.clinic.zone
         first = datetime.fromtimestamp(start, zone).date()
-        closed = self.clinic.closed_days(first - timedelta(days=1), first + timedelta(days=2))
         opened = open_intervals(
-            self.schedule.weekly(),
+            hours,
             self.schedule.exceptions_(),
-            closed,
+            self.clinic.closed_days(first - timedelta(days=1), first + timedelta(days=2)),
             zone,
             start - DAY,
             self.end + DAY,
-            visit_type.id,
+            self.visit_type.id,
+            *(() if now is None else (now,)),
         )
-        if not any(begin <= start and self.end <= end for begin, end in opened):
-            raise _outside("The practitioner's hours at this clinic don't hold this visit.")
+        return any(begin <= start and self.end <= end for begin, end in opened)
+
+    def admit(self, terms: Terms, known: eligibility.Facts) -> None:
+        """Raises FailedPrecondition `NOT_ELIGIBLE`, `NOT_LICENSED` where this patient can't have such a visit."""
+        day = datetime.fromtimestamp(self.place.start, self.clinic.zone).date()
+        against = eligibility.refusals(
+            self.visit_type.eligibility,
+            known,
+            new_patient=not self.established,
+            referral=terms.referral,
+            payer=terms.payer,
+            day=day,
+        )
+        if against:
+            raise FailedPrecondition(
+                "NOT_ELIGIBLE", "The visit type isn't for this patient by its rules.", rules=",".join(against)
+            )
+        if self.licence_asked and known.state and known.state not in (self.practitioner.licensed_states or ()):
+            raise FailedPrecondition(
+                "NOT_LICENSED", "This practitioner has no licence for the state in which the patient lives."
+            )
+
+    @property
+    def licence_asked(self) -> bool:
+        """Whether the practitioner must be licensed where the patient lives."""
+        return bool(self.visit_type.licence_required and self.visit_type.remote)
+
+    @property
+    def needs_facts(self) -> bool:
+        """Whether something is asked of the patient that only patients knows."""
+        return eligibility.needs_facts(self.visit_type.eligibility) or self.licence_asked
+
+    def quotas(self) -> list[tuple[Quota, Interval]]:
+        """Limits that this visit would count against, each with the occurrence of its block."""
+        start, zone = self.place.start, self.clinic.zone
+        return [
+            (quota, occurrence)
+            for block in self.weekly
+            if block.quotas and block.takes(self.visit_type.id)
+            for quota in block.quotas
+            if quota.counts(self.visit_type.id, not self.established)
+            for occurrence in occurrences(block, zone, start, start + 1)
+        ]
 
     def choose(self, overbooking: Overbooking | None) -> dict[Candidate, int]:
         """Who and what is taken, in which lane.
@@ -99,14 +183,12 @@ class Found:
         FailedPrecondition `OVERBOOKING_NOT_ALLOWED`.
         """
         practitioner = self._of(_PRACTITIONER)[0]
-        groups = [[practitioner], *(self._rooms(kind, practitioner.no) for kind in self.visit_type.resource_kinds)]
+        needs = self.visit_type.needs(self.place.interpreter_language)
+        groups = [[practitioner], *(self._rooms(need, practitioner.no) for need in needs)]
         if any(not group for group in groups):
-            raise _outside("This clinic has no room or device that the visit type needs.")
+            raise _outside("This clinic has no room, device or interpreter then that the visit needs.")
         cap = self._cap(overbooking, groups)
-        chosen: dict[Candidate, int] = {}
-        for group in groups:
-            best = min(group, key=lambda one: (one.lane(cap) is None, bool(one.live), one.stale))
-            chosen[best] = self._lane(best, cap)
+        chosen = {one: self._lane(one, cap) for one in _one_of_each(groups, cap)}
         overlaps = overbooking is not None and overbooking.patient_overlap
         for patient in self._of(_PATIENT):  # none for a session
             lane = patient.lane(LANES - 1 if overlaps else 0)
@@ -140,9 +222,16 @@ class Found:
     def _of(self, kind: str) -> list[Candidate]:
         return [one for one in self.candidates if one.kind == kind]
 
-    def _rooms(self, kind: str, turn: int) -> list[Candidate]:
-        """Candidates of a kind: the offered one first, then from another one for each practitioner, so that they spread."""
-        rooms = sorted(self._of(kind), key=lambda one: one.no)
+    def _rooms(self, need: Need, turn: int) -> list[Candidate]:
+        """Candidates for a need: the offered one first, then from another one for each practitioner, so that they spread."""
+        rooms = sorted(
+            (
+                one
+                for one in self.candidates
+                if one.kind not in (_PATIENT, _PRACTITIONER) and need.met_by(one.ref_id, one.kind, one.languages)
+            ),
+            key=lambda one: one.no,
+        )
         turn = turn % len(rooms) if rooms else 0
         rooms = rooms[turn:] + rooms[:turn]
         return sorted(rooms, key=lambda one: one.ref_id not in self.place.resource_ids)
@@ -195,13 +284,16 @@ class Chosen:
             "late_cancel_hours": found.visit_type.late_hours,
             "security_labels": [*found.clinic.security_labels, *found.visit_type.security_labels],
             "overbooking": self.overbooking,
+            "interpreter_language": found.place.interpreter_language,
+            "new_patient": not found.established,
             "participants": [self._participant(one, lane) for one, lane in self.lanes.items()],
         }
 
     def _participant(self, one: Candidate, lane: int) -> dict[str, Any]:
         span = self.found.span(one, lane)
         types = {_PATIENT: "Patient", _PRACTITIONER: "Practitioner"}
-        role = one.kind if one.kind in types else "room" if one.kind.endswith("room") else "device"
+        named = one.kind in types or one.kind == INTERPRETER
+        role = one.kind if named else "room" if one.kind.endswith("room") else "device"
         return {
             "actor": {"type": types.get(one.kind, "Resource"), "id": one.ref_id},
             "role": role,
@@ -248,6 +340,7 @@ async def look(
     walk_in: float = 0,
     overbooking: Overbooking | None = None,
     moving: str = "",
+    terms: Terms = STAFF,
 ) -> Chosen:
     """Check what is wanted and choose the resources; nothing is changed, nobody is locked.
 
@@ -255,7 +348,12 @@ async def look(
     """
     found = await _find(db, tenant_id, patient_id, place, moving or NOBODY)
     notice = 60 * found.visit_type.minimum_notice_minutes
-    found.check(int(now.timestamp()) + (notice or -int(walk_in)))
+    second = int(now.timestamp())
+    found.check(second, second + (notice or -int(walk_in)), terms)
+    if not moving and patient_id:
+        if terms.self_service:
+            policies.check("book", found.visit_type.self_booking, place.start, second)
+        found.admit(terms, _known(db, patient_id) if found.needs_facts else eligibility.NOTHING)
     return Chosen(found, found.choose(overbooking))
 
 
@@ -269,12 +367,15 @@ async def choose(
     walk_in: float = 0,
     overbooking: Overbooking | None = None,
     moving: Appointment | None = None,
+    terms: Terms = STAFF,
 ) -> Chosen:
     """Check what is wanted and choose the resources. `moving` is an appointment whose own rows don't count.
 
     `walk_in` is by how many seconds the start may be past where no notice is asked for. Expired holds in the way are
-    ended in this very transaction. Raises Invalid `VISIT_TYPE_UNKNOWN`, `CLINIC_UNKNOWN`, `PRACTITIONER_UNKNOWN`;
-    FailedPrecondition `OUTSIDE_HOURS`, `PATIENT_DECEASED`; what `Found.choose` raises.
+    ended in this very transaction. Who was eligible when the time was promised may move it. Raises Invalid
+    `VISIT_TYPE_UNKNOWN`, `CLINIC_UNKNOWN`, `PRACTITIONER_UNKNOWN`; FailedPrecondition `OUTSIDE_HOURS`, `HELD_BACK`,
+    `PATIENT_DECEASED`, `NOT_ELIGIBLE`, `NOT_LICENSED`, `QUOTA_REACHED`, of self-service what `policies` says; what
+    `Found.choose` raises; NeedFact where the patients service must be asked first.
     """
     own = moving.id if moving is not None else ""
     locked: set[int] = set()
@@ -283,20 +384,34 @@ async def choose(
         locked = {one.no for one in (await _find(db, tenant_id, patient_id, place, own or NOBODY)).candidates}
         locked |= set(await occupancy.numbers(db, tenant_id, own)) if own else set()
         await occupancy.lock(db, sorted(locked))
-    chosen = await look(db, tenant_id, patient_id, place, now, walk_in=walk_in, overbooking=overbooking, moving=own)
+    chosen = await look(
+        db, tenant_id, patient_id, place, now, walk_in=walk_in, overbooking=overbooking, moving=own, terms=terms
+    )
     freed = [own] if own else []
-    stale = chosen.stale
-    if stale or own:
-        numbers = {one.no for one in chosen.lanes}
+    stale, quotas = chosen.stale, chosen.found.quotas()
+    if stale or own or quotas:
+        # Two who each take the last place of a quota at other times meet at the practitioner's number.
+        numbers = {one.no for one in chosen.lanes if stale or own or one.kind == _PRACTITIONER}
         if own:
             numbers |= set(await occupancy.numbers(db, tenant_id, own))
         if not locked:
             await occupancy.lock(db, sorted(numbers))
         elif not numbers <= locked:  # a room that has just been added: a second lock would be out of order
             raise LostRace(taken())
+    if quotas:
+        await _keep_quotas(db, tenant_id, chosen.found, quotas, own)
     if stale:
         freed += await end_expired(db, tenant_id, stale)
     return Chosen(chosen.found, chosen.lanes, freed, overbooks=bool(locked))
+
+
+def _known(db: AsyncSession, patient_id: str) -> eligibility.Facts:
+    """What patients knows. A loop's or a reaction's transaction has nobody who asks: nothing is known, nobody excluded."""
+    asked = db.info.get("known")
+    if asked is None:
+        return eligibility.NOTHING
+    facts: eligibility.Facts = fact(asked, ("facts", patient_id))
+    return facts
 
 
 async def _find(db: AsyncSession, tenant_id: str, patient_id: str | None, place: Place, own: str) -> Found:
@@ -309,6 +424,7 @@ async def _find(db: AsyncSession, tenant_id: str, patient_id: str | None, place:
         "clinic": place.clinic_id,
         "practitioner": place.practitioner_id,
         "start": place.start,
+        "language": place.interpreter_language,
     }
     row = (await db.execute(_FIND, values)).one()
     for what in ("visit_type", "clinic", "practitioner"):
@@ -316,13 +432,22 @@ async def _find(db: AsyncSession, tenant_id: str, patient_id: str | None, place:
             raise Invalid(f"{what.upper()}_UNKNOWN", f"There is no such {what.replace('_', ' ')}.", field=f"{what}_id")
     if row.deceased:
         raise FailedPrecondition("PATIENT_DECEASED", "Nothing is booked for somebody who has died.")
-    candidates = [
-        Candidate(kind, ref_id, no, frozenset(live or ()), bool(stale))
-        for kind, ref_id, no, live, stale in row.candidates
-        if no is not None
-    ]
-    if len(candidates) < len(row.candidates):  # somebody else has just given out the number
+    if any(no is None for _, _, no, *_ in row.candidates):  # somebody else has just given out the number
         raise LostRace(taken())
+    blocks = weekly(row.weekly_hours, "schedule")
+    clinic = Clinic(
+        status=row.status,
+        time_zone=row.time_zone,
+        holiday_region=row.holiday_region,
+        closed_dates=row.closed_dates,
+        security_labels=row.clinic_labels,
+    )
+    ends = place.start + 60 * (row.duration_minutes or 0)
+    candidates = [
+        Candidate(kind, ref_id, no, frozenset(live or ()), bool(stale), tuple(languages or ()))
+        for kind, ref_id, no, live, stale, hours, changes, languages in row.candidates
+        if not (hours or changes) or _is_there(hours, changes, clinic, place, ends)
+    ]
     return Found(
         place,
         VisitType(
@@ -338,18 +463,73 @@ async def _find(db: AsyncSession, tenant_id: str, patient_id: str | None, place:
             late_cancel_hours=row.late_cancel_hours or 0,
             overbooking_cap=row.overbooking_cap or 0,
             security_labels=row.visit_type_labels,
+            requirements=row.requirements,
+            self_booking=row.self_booking,
+            eligibility=row.eligibility,
+            licence_required=row.licence_required,
         ),
-        Clinic(
-            status=row.status,
-            time_zone=row.time_zone,
-            holiday_region=row.holiday_region,
-            closed_dates=row.closed_dates,
-            security_labels=row.clinic_labels,
-        ),
-        Practitioner(active=row.practitioner_active, roles=row.roles),
+        clinic,
+        Practitioner(active=row.practitioner_active, roles=row.roles, licensed_states=row.licensed_states),
         Schedule(weekly_hours=row.weekly_hours, exceptions=row.exceptions) if row.schedule_known else None,
         candidates,
+        row.established,
+        blocks,
     )
+
+
+def _is_there(hours: Any, changes: Any, clinic: Clinic, place: Place, ends: int) -> bool:
+    """Whether a room, device or interpreter with hours of its own is there for the whole visit."""
+    if not clinic.time_zone:
+        return False
+    zone = clinic.zone
+    first = datetime.fromtimestamp(place.start, zone).date()
+    opened = open_intervals(
+        weekly(hours, "resource") or None,
+        exceptions(changes, "resource"),
+        clinic.closed_days(first - timedelta(days=1), first + timedelta(days=2)),
+        zone,
+        place.start - DAY,
+        ends + DAY,
+        place.visit_type_id,
+    )
+    return any(begin <= place.start and ends <= end for begin, end in opened)
+
+
+def _one_of_each(groups: Sequence[Sequence[Candidate]], cap: int) -> list[Candidate]:
+    """Of each group the best, none twice; where there is no such choice, the best of each, which then can't be had."""
+    ranked = [sorted(group, key=lambda one: (one.lane(cap) is None, bool(one.live), one.stale)) for group in groups]
+    by_id = {one.ref_id: one for group in groups for one in group}
+    picked = one_of_each([[one.ref_id for one in group if one.lane(cap) is not None] for group in ranked])
+    if picked is None:
+        for group in ranked:
+            if group[0].lane(cap) is None:
+                return [group[0]]
+        raise taken()
+    return [by_id[ref_id] for ref_id in picked]
+
+
+async def _keep_quotas(
+    db: AsyncSession, tenant_id: str, found: Found, quotas: Sequence[tuple[Quota, Interval]], own: str
+) -> None:
+    """Raises FailedPrecondition `QUOTA_REACHED`. The practitioner's number is locked: what others took is seen."""
+    place = found.place
+    rows = await db.execute(
+        STARTED,
+        {
+            "tenant": tenant_id,
+            "practitioners": [place.practitioner_id],
+            "first": datetime.fromtimestamp(min(begin for _, (begin, _) in quotas), UTC),
+            "last": datetime.fromtimestamp(max(end for _, (_, end) in quotas), UTC),
+        },
+    )
+    started = [row for row in rows if row.clinic_id == place.clinic_id and row.id != own]
+    for quota, (begin, end) in quotas:
+        count = sum(
+            quota.counts(row.visit_type_id, row.new_patient) and begin <= row.start_time.timestamp() < end
+            for row in started
+        )
+        if count >= quota.at_most:
+            raise FailedPrecondition("QUOTA_REACHED", "As many such visits as the hours permit start there already.")
 
 
 async def end_expired(db: AsyncSession, tenant_id: str, spans: Sequence[Span]) -> list[str]:
@@ -400,18 +580,45 @@ def _outside(message: str) -> FailedPrecondition:
 
 _UUID = Uuid(as_uuid=False)
 _LANE = PACKED.format(no="q.no", lane="lane.n")
+ESTABLISHED = (
+    "EXISTS (SELECT FROM appointment a JOIN visit_type v ON v.tenant_id = a.tenant_id AND v.id = a.visit_type_id"
+    " WHERE a.tenant_id = :tenant AND a.patient_id = :patient AND a.status IN ('ARRIVED', 'CHECKED_IN', 'FULFILLED')"
+    f" AND a.start_time > clock_timestamp() - interval '{eligibility.NEW_WITHIN_YEARS} years'"
+    " AND ({specialty} IS NULL OR v.specialty->>'code' = {specialty}))"
+)
+"""SQL: whether a patient is established for a specialty, or at all where it is null."""
+STARTED = text(
+    "SELECT id, clinic_id, practitioner_id, visit_type_id, new_patient, start_time FROM appointment"
+    " WHERE tenant_id = :tenant AND practitioner_id = ANY(:practitioners) AND start_time >= :first AND start_time < :last"
+    " AND status NOT IN ('CANCELLED', 'ENTERED_IN_ERROR', 'PROPOSED', 'WAITLIST')"
+    " AND (status <> 'PENDING' OR hold_expire_time > clock_timestamp())"
+).bindparams(
+    bindparam("tenant", type_=_UUID),
+    bindparam("practitioners", type_=ARRAY(_UUID)),
+    *(bindparam(name, type_=DateTime(timezone=True)) for name in ("first", "last")),
+).columns(
+    **dict.fromkeys(("id", "clinic_id", "practitioner_id", "visit_type_id"), _UUID),
+    new_patient=Boolean, start_time=DateTime(timezone=True),
+)  # fmt: skip
+"""Visits that start in a window: what counts against quotas."""
 _FIND = text(f"""
 WITH kind AS (
   SELECT * FROM visit_type WHERE tenant_id = :tenant AND id = :visit_type
 ), seen AS (
   SELECT * FROM practitioner WHERE tenant_id = :tenant AND id = :practitioner
 ), candidate AS (
-  SELECT '{_PATIENT}' AS kind, :patient AS ref_id, 0 AS before, 0 AS after FROM kind, seen WHERE :patient IS NOT NULL
+  SELECT '{_PATIENT}' AS kind, :patient AS ref_id, 0 AS before, 0 AS after,
+         NULL::jsonb AS weekly_hours, NULL::jsonb AS exceptions, NULL::text[] AS languages FROM kind, seen
+   WHERE :patient IS NOT NULL
   UNION ALL
-  SELECT '{_PRACTITIONER}', seen.id, buffer_before_minutes, buffer_after_minutes FROM kind, seen
+  SELECT '{_PRACTITIONER}', seen.id, buffer_before_minutes, buffer_after_minutes, NULL, NULL, NULL FROM kind, seen
   UNION ALL
-  (SELECT r.kind, r.id, buffer_before_minutes, buffer_after_minutes FROM kind, seen, resource r
-    WHERE r.tenant_id = :tenant AND r.clinic_id = :clinic AND r.kind = ANY(kind.resource_kinds) LIMIT 200)
+  (SELECT r.kind, r.id, buffer_before_minutes, buffer_after_minutes,
+          nullif(r.weekly_hours, '[]'), nullif(r.exceptions, '[]'), r.languages
+     FROM kind, seen, resource r
+    WHERE r.tenant_id = :tenant AND r.clinic_id = :clinic AND r.active
+      AND (r.kind = ANY(kind.resource_kinds || kind.needed_kinds) OR r.id = ANY(kind.needed_ids)
+           OR (r.kind = '{INTERPRETER}' AND :language <> '')) LIMIT 200)
 ), made AS (
   -- In the order of the key, so that two who make the same rows don't wait for each other.
   INSERT INTO bookable (tenant_id, ref_id, kind)
@@ -423,12 +630,15 @@ WITH kind AS (
 SELECT k.id IS NOT NULL AS visit_type_known, k.active AS visit_type_active, k.duration_minutes,
        k.buffer_before_minutes, k.buffer_after_minutes, k.modality, k.resource_kinds, k.specialty,
        k.minimum_notice_minutes, k.late_cancel_hours, k.overbooking_cap, k.security_labels AS visit_type_labels,
+       k.requirements, k.self_booking, k.eligibility, k.licence_required,
        c.id IS NOT NULL AS clinic_known, c.status, c.time_zone, c.holiday_region, c.closed_dates,
        c.security_labels AS clinic_labels,
        p.id IS NOT NULL AS practitioner_known, p.active AS practitioner_active, p.roles,
+       p.licensed_states, {ESTABLISHED.format(specialty="k.specialty->>'code'")} AS established,
        s.id IS NOT NULL AS schedule_known, s.weekly_hours, s.exceptions,
        EXISTS (SELECT FROM deceased_patient d WHERE d.tenant_id = :tenant AND d.patient_id = :patient) AS deceased,
-       (SELECT coalesce(jsonb_agg(jsonb_build_array(q.kind, q.ref_id, q.no, o.live, o.stale)), '[]')
+       (SELECT coalesce(jsonb_agg(jsonb_build_array(
+                 q.kind, q.ref_id, q.no, o.live, o.stale, q.weekly_hours, q.exceptions, q.languages)), '[]')
           FROM (SELECT n.*, coalesce(b.no, m.no) AS no
                   FROM candidate n
                   LEFT JOIN bookable b ON b.tenant_id = :tenant AND b.ref_id = n.ref_id
@@ -449,15 +659,19 @@ SELECT k.id IS NOT NULL AS visit_type_known, k.active AS visit_type_active, k.du
 """).bindparams(
     *(bindparam(n, type_=_UUID) for n in ("tenant", "patient", "own", "visit_type", "clinic", "practitioner")),
     bindparam("start", type_=BigInteger),
+    bindparam("language", type_=Text),
 ).columns(
     **{f"{what}_known": Boolean() for what in ("visit_type", "clinic", "practitioner", "schedule")},
-    visit_type_active=Boolean, practitioner_active=Boolean, deceased=Boolean,
+    visit_type_active=Boolean, practitioner_active=Boolean, deceased=Boolean, established=Boolean,
+    licence_required=Boolean,
     **dict.fromkeys(
         ("duration_minutes", "buffer_before_minutes", "buffer_after_minutes", "minimum_notice_minutes",
          "late_cancel_hours", "overbooking_cap"), BigInteger()),
     **dict.fromkeys(("modality", "status", "time_zone", "holiday_region"), Text()),
-    **dict.fromkeys(("resource_kinds", "visit_type_labels", "clinic_labels", "closed_dates"), ARRAY(Text)),
-    **dict.fromkeys(("specialty", "roles", "weekly_hours", "exceptions", "candidates"), JSONB()),
+    **dict.fromkeys(("resource_kinds", "visit_type_labels", "clinic_labels", "closed_dates", "licensed_states"),
+                    ARRAY(Text)),
+    **dict.fromkeys(("specialty", "roles", "weekly_hours", "exceptions", "candidates", "requirements", "self_booking",
+                     "eligibility"), JSONB()),
 )  # fmt: skip
 _FIRST = PACKED.format(no="s.no", lane="0")
 _STALE = text(

@@ -1,9 +1,10 @@
 """The directory: clinics, practitioners, rooms and devices, visit types, and the hours in which they can be booked."""
 
-from collections.abc import Iterable
-from datetime import date, time, timedelta
+from collections.abc import Iterable, Sequence
+from datetime import date, datetime, time, timedelta
 from functools import cache
-from typing import Any
+from itertools import combinations
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo, available_timezones
 
 import phonenumbers
@@ -15,9 +16,12 @@ from chassis.calendar import is_holiday
 from chassis.errors import FailedPrecondition, Invalid
 from chassis.model import Aggregate, Id, Ids, Owned, base
 from services.scheduling import availability
-from services.scheduling.availability import DateException, WeeklyHours
+from services.scheduling.availability import DAY, DateException, Interval, Quota, WeeklyHours, intersect, merge
 
 Base = base()
+INTERPRETER = "interpreter"
+"""The kind of resource that has languages."""
+_FOREVER = (-(1 << 40), 1 << 40)
 _JSON_LIST = {"nullable": False, "default": list, "server_default": text("'[]'")}
 
 
@@ -64,6 +68,7 @@ class Clinic(DirectoryRow, Base):
     directions: Mapped[str] = mapped_column(Text, default="")
     specialties: Mapped[list[Any]] = mapped_column(JSONB, **_JSON_LIST)
     source_system: Mapped[str] = mapped_column(Text, default="")
+    position: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
 
     def change(self, **values: Any) -> bool:
         """As `DirectoryRow.change`. Raises Invalid `TIME_ZONE_UNKNOWN`, `HOLIDAY_REGION_UNKNOWN`, `DATE_INVALID`."""
@@ -154,24 +159,65 @@ class Practitioner(DirectoryRow, Base):
             by_clinic[role["clinic_id"]] = merged
         return list(by_clinic.values())
 
-    def has_specialty(self, clinic_id: str, code: str) -> bool:
-        """Whether a role at the clinic names the specialty code."""
-        return any(
-            role["clinic_id"] == clinic_id and any(one["code"] == code for one in role.get("specialties", ()))
-            for role in self.roles or ()
+    def in_force(self, clinic_id: str, specialties: Iterable[str] = ()) -> list[Interval]:
+        """When the roles at a clinic are in force, in epoch seconds; only those with one of the specialties, where any
+        is asked for. Where nothing is asked and no role at the clinic is recorded, its hours alone decide.
+        """
+        wanted = set(specialties)
+        here = [role for role in self.roles or () if role["clinic_id"] == clinic_id]
+        if not here and not wanted:
+            return [_FOREVER]
+        return merge(
+            _in_force(role.get("period") or {})
+            for role in here
+            if not wanted or any(one["code"] in wanted for one in role.get("specialties", ()))
         )
 
 
 class Resource(DirectoryRow, Base):
-    """A room or device."""
+    """A room, a device or an interpreter."""
 
     __tablename__ = "resource"
     __table_args__ = (Index("resource_by_clinic", "tenant_id", "clinic_id", "kind"),)
     aggregate = "resource"
 
+    defaults = {"active": True}
+
     clinic_id: Mapped[str] = mapped_column(Id)
     kind: Mapped[str]
     name: Mapped[str]
+    weekly_hours: Mapped[list[Any]] = mapped_column(JSONB, **_JSON_LIST)
+    exceptions: Mapped[list[Any]] = mapped_column(JSONB, **_JSON_LIST)
+    languages: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list, server_default=text("'{}'"))
+    active: Mapped[bool] = mapped_column(default=True, server_default=text("true"))
+
+    def check(self) -> None:
+        """Raises Invalid as `Schedule.check`, and `KIND_RESERVED`, `KIND_MISSING`, `NAME_MISSING`."""
+        for field in ("kind", "name"):
+            if not getattr(self, field):
+                raise Invalid(f"{field.upper()}_MISSING", f"A resource needs {field}.", field=f"resource.{field}")
+        if self.kind in ("patient", "practitioner"):
+            raise Invalid("KIND_RESERVED", "No room or device is of this kind.", field="resource.kind")
+        check_hours(weekly(self.weekly_hours, "resource"), exceptions(self.exceptions, "resource"), "resource")
+
+    @property
+    def hours(self) -> tuple[WeeklyHours, ...] | None:
+        """Its own weekly hours; None for one that is there always."""
+        return weekly(self.weekly_hours, "resource") or None
+
+
+class Need(NamedTuple):
+    """Any one of these is needed: a resource of a kind, or a certain one, or an interpreter of a language."""
+
+    kinds: frozenset[str] = frozenset()
+    resource_ids: frozenset[str] = frozenset()
+    language: str = ""
+
+    def met_by(self, resource_id: str, kind: str, languages: Sequence[str]) -> bool:
+        """Whether a resource will do."""
+        if self.language:
+            return kind == INTERPRETER and speaks(languages, self.language)
+        return kind in self.kinds or resource_id in self.resource_ids
 
 
 class VisitType(DirectoryRow, Base):
@@ -197,6 +243,16 @@ class VisitType(DirectoryRow, Base):
     overbooking_cap: Mapped[int] = mapped_column(default=0)
     preparation: Mapped[dict[str, Any]] = mapped_column(JSONB, default=dict)
     active: Mapped[bool] = mapped_column(default=True)
+    requirements: Mapped[list[Any]] = mapped_column(JSONB, **_JSON_LIST)
+    lock_out_minutes: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    self_booking: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    self_rescheduling: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    self_cancelling: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    eligibility: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    licence_required: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    # Kept beside requirements for the statement that books.
+    needed_kinds: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list, server_default=text("'{}'"))
+    needed_ids: Mapped[list[str]] = mapped_column(Ids, default=list, server_default=text("'{}'"))
 
     def change(self, **values: Any) -> bool:
         """As `DirectoryRow.change`."""
@@ -208,6 +264,34 @@ class VisitType(DirectoryRow, Base):
         for field in ("code", "name", "duration_minutes"):
             if not getattr(self, field):
                 raise Invalid(f"{field.upper()}_MISSING", f"A visit type needs {field}.", field=f"visit_type.{field}")
+        needs = self.needs()
+        if not all(need.kinds or need.resource_ids for need in needs):
+            raise Invalid(
+                "REQUIREMENT_EMPTY", "A requirement names kinds or resources.", field="visit_type.requirements"
+            )
+        self.needed_kinds = sorted({kind for one in self.requirements or () for kind in one.get("kinds", ())})
+        self.needed_ids = sorted({one for need in needs for one in need.resource_ids})
+        rule = self.eligibility or {}
+        if rule.get("maximum_age", 150) < rule.get("minimum_age", 0):
+            raise Invalid(
+                "AGES_INVALID", "maximum_age is below minimum_age.", field="visit_type.eligibility.maximum_age"
+            )
+
+    def needs(self, interpreter_language: str = "") -> list[Need]:
+        """What each visit needs, all of it: one resource for each, none for two."""
+        return [
+            *(Need(frozenset({kind})) for kind in self.resource_kinds or ()),
+            *(
+                Need(frozenset(one.get("kinds", ())), frozenset(one.get("resource_ids", ())))
+                for one in self.requirements or ()
+            ),
+            *([Need(language=interpreter_language)] if interpreter_language else ()),
+        ]
+
+    @property
+    def remote(self) -> bool:
+        """Whether the patient stays at home, where the practitioner may need a licence."""
+        return self.modality in ("VIDEO", "PHONE")
 
     @property
     def grid(self) -> int:
@@ -248,43 +332,16 @@ class Schedule(DirectoryRow, Base):
     exceptions: Mapped[list[Any]] = mapped_column(JSONB, **_JSON_LIST)
 
     def check(self) -> None:
-        """Raises Invalid `DATE_INVALID`, `PERIOD_INVALID`, `TIMES_INCOMPLETE`."""
-        for block in self.weekly():
-            if block.valid_from and block.valid_until and block.valid_until < block.valid_from:
-                raise Invalid(
-                    "PERIOD_INVALID", "valid_until is before valid_from.", field="schedule.weekly_hours.valid_until"
-                )
-        for change in self.exceptions_():
-            if (change.start is None) != (change.end is None):
-                raise Invalid(
-                    "TIMES_INCOMPLETE", "An exception has both times or none.", field="schedule.exceptions.start"
-                )
+        """Raises Invalid `DATE_INVALID`, `PERIOD_INVALID`, `TIMES_INCOMPLETE`, `HOURS_OVERLAP`."""
+        check_hours(self.weekly(), self.exceptions_(), "schedule")
 
     def weekly(self) -> tuple[WeeklyHours, ...]:
-        """The weekly hours as the calendar's arithmetic takes them (0 is Monday there)."""
-        return tuple(
-            WeeklyHours(
-                weekday=block["weekday"] - 1,
-                start=time.fromisoformat(block["start"]),
-                end=time.fromisoformat(block["end"]),
-                visit_type_ids=frozenset(block.get("visit_type_ids", ())),
-                valid_from=_date(block.get("valid_from"), "schedule.weekly_hours.valid_from"),
-                valid_until=_date(block.get("valid_until"), "schedule.weekly_hours.valid_until"),
-            )
-            for block in self.weekly_hours or ()
-        )
+        """The weekly hours as the calendar's arithmetic takes them."""
+        return weekly(self.weekly_hours, "schedule")
 
     def exceptions_(self) -> tuple[DateException, ...]:
         """The days that differ, as the calendar's arithmetic takes them."""
-        return tuple(
-            DateException(
-                date=_date(change["date"], "schedule.exceptions.date"),  # type: ignore[arg-type]
-                kind="closed" if change["kind"] == "CLOSED" else "extra",
-                start=time.fromisoformat(change["start"]) if change.get("start") else None,
-                end=time.fromisoformat(change["end"]) if change.get("end") else None,
-            )
-            for change in self.exceptions or ()
-        )
+        return exceptions(self.exceptions, "schedule")
 
 
 class DirectoryIdentifier(Owned, Base):
@@ -297,6 +354,95 @@ class DirectoryIdentifier(Owned, Base):
     owner_id: Mapped[str] = mapped_column(Id, index=True)
     system: Mapped[str]
     value: Mapped[str]
+
+
+def weekly(blocks: Iterable[dict[str, Any]] | None, owner: str) -> tuple[WeeklyHours, ...]:
+    """Weekly hours as the calendar's arithmetic takes them (0 is Monday there)."""
+    return tuple(
+        WeeklyHours(
+            weekday=block["weekday"] - 1,
+            start=time.fromisoformat(block["start"]),
+            end=time.fromisoformat(block["end"]),
+            visit_type_ids=frozenset(block.get("visit_type_ids", ())),
+            valid_from=_date(block.get("valid_from"), f"{owner}.weekly_hours.valid_from"),
+            valid_until=_date(block.get("valid_until"), f"{owner}.weekly_hours.valid_until"),
+            release_hours=block.get("release_hours", 0),
+            staff_only=block.get("staff_only", False),
+            quotas=tuple(
+                Quota(one.get("at_most", 0), frozenset(one.get("visit_type_ids", ())), one.get("new_patients", False))
+                for one in block.get("quotas", ())
+            ),
+        )
+        for block in blocks or ()
+    )
+
+
+def exceptions(changes: Iterable[dict[str, Any]] | None, owner: str) -> tuple[DateException, ...]:
+    """Days that differ, as the calendar's arithmetic takes them."""
+    return tuple(
+        DateException(
+            date=_date(change["date"], f"{owner}.exceptions.date"),  # type: ignore[arg-type]
+            kind="closed" if change["kind"] == "CLOSED" else "extra",
+            start=time.fromisoformat(change["start"]) if change.get("start") else None,
+            end=time.fromisoformat(change["end"]) if change.get("end") else None,
+        )
+        for change in changes or ()
+    )
+
+
+def check_hours(blocks: Sequence[WeeklyHours], changes: Sequence[DateException], owner: str) -> None:
+    """Raises Invalid `PERIOD_INVALID`, `TIMES_INCOMPLETE`, `HOURS_OVERLAP`."""
+    for block in blocks:
+        if block.valid_from and block.valid_until and block.valid_until < block.valid_from:
+            raise Invalid(
+                "PERIOD_INVALID", "valid_until is before valid_from.", field=f"{owner}.weekly_hours.valid_until"
+            )
+    for one, other in combinations(blocks, 2):
+        if _overlap(one, other):
+            raise Invalid(
+                "HOURS_OVERLAP",
+                "Two blocks of hours for the same visits overlap while both are valid.",
+                field=f"{owner}.weekly_hours",
+            )
+    for change in changes:
+        if (change.start is None) != (change.end is None):
+            raise Invalid("TIMES_INCOMPLETE", "An exception has both times or none.", field=f"{owner}.exceptions.start")
+
+
+def speaks(languages: Iterable[str], wanted: str) -> bool:
+    """Whether one of the languages is the wanted one, or one of its regions (RFC 4647, basic filtering)."""
+    wanted = wanted.lower()
+    return any(one.lower() == wanted or one.lower().startswith(wanted + "-") for one in languages)
+
+
+def _overlap(one: WeeklyHours, other: WeeklyHours) -> bool:
+    """Whether a time of the week is in both for some visit type, on days on which both are valid."""
+    if one.visit_type_ids and other.visit_type_ids and not one.visit_type_ids & other.visit_type_ids:
+        return False
+    if max(one.valid_from or date.min, other.valid_from or date.min) > min(
+        one.valid_until or date.max, other.valid_until or date.max
+    ):
+        return False
+    return bool(intersect(_of_week(one), _of_week(other)))
+
+
+def _of_week(block: WeeklyHours) -> list[Interval]:
+    """A block in seconds since Monday's midnight; what passes Sunday's goes on from the beginning."""
+    week = 7 * DAY
+    first = block.weekday * DAY + block.start.hour * 3600 + block.start.minute * 60
+    last = block.weekday * DAY + block.end.hour * 3600 + block.end.minute * 60
+    last += DAY if last <= first else 0
+    return [(first, min(last, week)), (0, last - week)] if last > week else [(first, last)]
+
+
+def _in_force(period: dict[str, Any]) -> Interval:
+    """A role's period in epoch seconds."""
+    ends = (period.get("start_time"), period.get("end_time"))
+    first, last = (datetime.fromisoformat(one).timestamp() if one else None for one in ends)
+    return (
+        _FOREVER[0] if first is None else -int(-first // 1),
+        _FOREVER[1] if last is None else -int(-last // 1),
+    )
 
 
 @cache

@@ -2,23 +2,41 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from itertools import islice
+from math import asin, cos, radians, sin, sqrt
+from typing import NamedTuple
 
-from sqlalchemy import BigInteger, Uuid, and_, bindparam, func, select, text
+from sqlalchemy import BigInteger, Boolean, Uuid, bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import load_only
 
+from chassis.calendar import at_local
 from chassis.errors import Invalid
-from services.scheduling import availability
-from services.scheduling.availability import DAY, Interval, Slot, WeeklyHours, earliest_first, free_starts
-from services.scheduling.directory import Clinic, Practitioner, Resource, Schedule, VisitType
+from services.scheduling import availability, eligibility
+from services.scheduling.availability import (
+    DAY,
+    Interval,
+    Slot,
+    WeeklyHours,
+    count_by_day,
+    earliest_first,
+    free_starts,
+    intersect,
+    occurrences,
+    subtract,
+)
+from services.scheduling.booking import ESTABLISHED, STARTED
+from services.scheduling.directory import VisitType, speaks
+from services.scheduling.eligibility import Facts
 from services.scheduling.occupancy import LANES, PACKED
+from services.scheduling.snapshot import Directory, Fetch, Place, Room, Seat, look, read
 
-_SCHEDULES_AT_MOST, _RESOURCES_AT_MOST, _ROWS_AT_MOST = 2_000, 5_000, 100_000
+_ROWS_AT_MOST = 200_000
 DAYS, DAYS_AT_MOST = 14, 62
-_FIRST_LOOK = 3 * DAY
+_MANY = 40  # of so many practitioners a page is full within a day
+_EARTH_KM = 6371.0088  # mean radius, IUGG
+_ALWAYS = (-(1 << 40), 1 << 40)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +51,49 @@ class Search:
     end: int = 0
     patient_id: str = ""
     wanted: Sequence[WeeklyHours] = ()
+    languages: Sequence[str] = ()
+    genders: Sequence[str] = ()
+    specialties: Sequence[str] = ()
+    modalities: Sequence[str] = ()
+    near: tuple[float, float, float] | None = None
+    """Degrees north, degrees east, kilometres."""
+    interpreter_language: str = ""
+    own_practitioner_id: str = ""
+    team_practitioner_ids: Sequence[str] = ()
+    licensed_state: str = ""
+    referral: bool = False
+    payer: str = ""
+    held_back: bool = False
+    self_service: bool = False
+    facts: Facts = eligibility.NOTHING
+    """What patients knows; asked for only where the visit type has a rule on it."""
+
+
+class Found(NamedTuple):
+    """A free slot in the order of preference: `rank` 0 is the patient's own clinician, 1 the team, 2 everybody else."""
+
+    rank: int
+    slot: Slot
 
 
 @dataclass(slots=True)
 class Free:
-    """Free slots, earliest first, and what is known around them."""
+    """Free slots in order, and what is known around them."""
 
     now: int
+    start: int
     end: int
-    slots: list[Slot] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)
     zones: dict[str, str] = field(default_factory=dict)
+    distances: dict[str, float] = field(default_factory=dict)
+    held: set[Slot] = field(default_factory=set)
+    """Those that are held back."""
+    ineligible: list[str] = field(default_factory=list)
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The slots alone."""
+        return [one.slot for one in self.found]
 
 
 def wishes(weekdays: Sequence[int], earliest: str, latest: str) -> tuple[WeeklyHours, ...]:
@@ -54,152 +105,342 @@ def wishes(weekdays: Sequence[int], earliest: str, latest: str) -> tuple[WeeklyH
     return tuple(WeeklyHours(day - 1, begin, end) for day in sorted(set(weekdays)) or range(1, 8))
 
 
-async def free_slots(db: AsyncSession, search: Search, count: int, after: Slot | None = None) -> Free:
-    """The first `count` free slots of a search, those up to `after` left out. Five statements at the most.
+def kilometres(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """How far two points (degrees north, degrees east) are apart on the globe, by the haversine formula."""
+    north, east, north_, east_ = map(radians, (*one, *other))
+    half = sin((north_ - north) / 2) ** 2 + cos(north) * cos(north_) * sin((east_ - east) / 2) ** 2
+    return 2 * _EARTH_KM * asin(min(1.0, sqrt(half)))
 
-    Raises Invalid `VISIT_TYPE_UNKNOWN`.
+
+def window(start: int, end: int, now: int, days: int = DAYS_AT_MOST) -> Interval:
+    """The window to look in. Raises Invalid `WINDOW_TOO_LONG`, also where it begins that far away."""
+    begin = max(start or now, now)
+    end = end or begin + DAYS * DAY
+    if end - (start or now) > days * DAY + 3600:  # an hour more where clocks are turned back
+        raise Invalid("WINDOW_TOO_LONG", f"A search spans {days} days at the most.", field="end_time")
+    return begin, end
+
+
+async def free_slots(db: AsyncSession, search: Search, count: int, after: Found | None = None) -> Free:
+    """As `find`, in a transaction that keeps no directory: for what asks seldom."""
+    fetch = fetching(db)
+    now, _ = await look(fetch, search.tenant_id)
+    return await find(fetch, await read(db, search.tenant_id, search.clinic_ids), search, now, count, after)
+
+
+def fetching(db: AsyncSession) -> Fetch:
+    """Rows by way of a session."""
+
+    async def fetch(statement: object, values: object) -> Sequence[Sequence[object]]:
+        return (await db.execute(statement, values)).all()  # type: ignore[call-overload, no-any-return]
+
+    return fetch
+
+
+async def find(
+    fetch: Fetch, directory: Directory, search: Search, now: int, count: int, after: Found | None = None
+) -> Free:
+    """The first `count` free slots of a search in order of preference, those up to `after` left out.
+
+    One statement for each look at the calendar, mostly one; one more where new patients matter, one where quotas do.
+    Raises Invalid `VISIT_TYPE_UNKNOWN`, `WINDOW_TOO_LONG`.
     """
-    row = (
-        await db.execute(
-            select(VisitType, func.clock_timestamp()).where(
-                VisitType.tenant_id == search.tenant_id, VisitType.id == search.visit_type_id
-            )
-        )
-    ).one_or_none()
-    if row is None:
-        raise Invalid("VISIT_TYPE_UNKNOWN", "There is no such visit type.", field="visit_type_id")
-    visit_type: VisitType = row[0]
-    now = int(row[1].timestamp())
-    start = max(search.start or now, now)
-    end = min(search.end or start + DAYS * DAY, start + DAYS_AT_MOST * DAY)
-    free = Free(now, end)
-    if not visit_type.active or end <= start:
+    start, end = window(search.start, search.end, now)
+    looking = Looking(fetch, directory, search, now, Free(now, start, end))
+    free = looking.free
+    if not await looking.begin() or end <= start:
         return free
-    seen = await _seen(db, search, visit_type)
-    if not seen:
-        return free
-    clinics = {clinic.id: clinic for _, clinic, _ in seen}
-    free.zones = {clinic.id: clinic.time_zone for clinic in clinics.values()}
-    resources = await _resources(db, search, visit_type, list(clinics))
-    who = [*{practitioner.id for _, _, practitioner in seen}, *(one.id for one in resources)]
-    if search.patient_id:
-        who.append(search.patient_id)
-    reach = 60 * (visit_type.duration_minutes + visit_type.buffer_before_minutes + visit_type.buffer_after_minutes)
-    # Most pages are full within the first days; what stands in the others is then never read.
-    middle = min(start + _FIRST_LOOK, end)
-    for window in ((start, middle), (middle, end)):
-        if window[0] >= window[1] or len(free.slots) >= count:
-            break
-        taken = await _taken(db, search, who, window[0] - reach, window[1] + reach)
-        at = [_at(clinic, seen, resources, visit_type, search, taken, (*window, now)) for clinic in clinics.values()]
-        fresh = (slot for slot in earliest_first(*at) if after is None or slot > after)
-        free.slots += islice(fresh, count - len(free.slots))
+    for rank, seats in looking.tiers():
+        if after is not None and rank < after.rank:
+            continue
+        resume = after is not None and rank == after.rank
+        begin = max(start, after.slot.start) if resume and after is not None else start
+        for first, last in _looks(begin, end, len(seats)):
+            if len(free.found) >= count:
+                return free
+            await looking.limit(seats, first, last)
+            taken = await looking.taken(seats, first, last)
+            at = [
+                free_starts(*one, clinic_id=clinic_id, **how)
+                for clinic_id, one, how in looking.at(seats, taken, first, last)
+            ]  # type: ignore[arg-type]
+            fresh = (slot for slot in earliest_first(*at) if not resume or (after is not None and slot > after.slot))
+            for slot in islice(fresh, count - len(free.found)):
+                free.found.append(Found(rank, slot))
+                if search.held_back and looking.is_held(slot):
+                    free.held.add(slot)
     return free
 
 
-def _at(
-    clinic: Clinic,
-    seen: Sequence[tuple[Schedule, Clinic, Practitioner]],
-    resources: Sequence[Resource],
-    visit_type: VisitType,
-    search: Search,
-    taken: dict[str, list[Interval]],
-    window: tuple[int, int, int],
-) -> Iterator[Slot]:
-    """The free slots of one clinic in a window (start, end, now), worked out as they are asked for."""
-    start, end, now = window
-    first, last = (datetime.fromtimestamp(at, UTC).date() for at in (start, end))
-    return free_starts(
-        [
-            availability.Resource(
-                practitioner.id, schedule.weekly(), schedule.exceptions_(), taken.get(practitioner.id, ())
-            )
-            for schedule, where, practitioner in seen
-            if where.id == clinic.id
-        ],
-        [
-            [
-                availability.Resource(one.id, occupied=taken.get(one.id, ()))
-                for one in resources
-                if one.clinic_id == clinic.id and one.kind == kind
+async def counts(
+    fetch: Fetch, directory: Directory, search: Search, now: int
+) -> tuple[Free, dict[tuple[str, date], tuple[int, int]]]:
+    """How many slots are free by clinic and local day, and the first of each day. Raises as `find` does."""
+    start, end = window(search.start, search.end, now)
+    looking = Looking(fetch, directory, search, now, Free(now, start, end))
+    days: dict[tuple[str, date], tuple[int, int]] = {}
+    if not await looking.begin() or end <= start:
+        return looking.free, days
+    seats = looking.seats
+    await looking.limit(seats, start, end)
+    taken = await looking.taken(seats, start, end)
+    for clinic_id, one, how in looking.at(seats, taken, start, end):
+        for day, counted in count_by_day(*one, **how).items():  # type: ignore[arg-type]
+            days[clinic_id, date.fromordinal(day)] = counted
+    return looking.free, days
+
+
+class Looking:
+    """One search under way: who comes into question, and what limits when their visits may start."""
+
+    def __init__(self, fetch: Fetch, directory: Directory, search: Search, now: int, free: Free) -> None:
+        self._fetch, self._directory, self.search, self._now, self.free = fetch, directory, search, now, free
+        self.visit_type: VisitType = directory.visit_type(search.visit_type_id)
+        self.seats: list[Seat] = []
+        self._new_patient: bool | None = None
+        self._full: dict[tuple[str, str], list[Interval]] = {}
+        self._needs = self.visit_type.needs(search.interpreter_language)
+        self._rooms: dict[str, list[list[availability.Resource]]] = {}
+
+    async def begin(self) -> bool:
+        """Who comes into question; whether anybody does for this patient."""
+        search, visit_type = self.search, self.visit_type
+        if not visit_type.active or (search.modalities and visit_type.modality not in search.modalities):
+            return False
+        self.seats = [seat for seat in self._directory.seats if self._fits(seat)]
+        places = self._directory.clinics
+        self.free.zones = {seat.clinic_id: places[seat.clinic_id].time_zone for seat in self.seats}
+        if search.patient_id and (
+            (visit_type.eligibility or {}).get("patients") or any(one.limited for one in self.seats)
+        ):
+            specialty = (visit_type.specialty or {}).get("code")
+            values = {"tenant": search.tenant_id, "patient": search.patient_id, "specialty": specialty}
+            ((established,),) = await self._fetch(_ESTABLISHED, values)
+            self._new_patient = not established
+        if search.patient_id:
+            self.free.ineligible = self._refusals()
+        if search.self_service and (visit_type.self_booking or {}).get("staff_only"):
+            self.free.ineligible.append("SELF_SERVICE")
+        return bool(self.seats) and not self.free.ineligible
+
+    def _refusals(self) -> list[str]:
+        rule = self.visit_type.eligibility or {}
+        if self._new_patient is None:
+            rule = {name: value for name, value in rule.items() if name != "patients"}
+        search = self.search
+        against = eligibility.refusals(
+            rule,
+            search.facts,
+            new_patient=bool(self._new_patient),
+            referral=search.referral,
+            payer=search.payer,
+        )
+        first, last = eligibility.age_days(rule, search.facts.birth_date)
+        begin, end = (datetime.fromtimestamp(at, UTC).date() for at in (self.free.start, self.free.end))
+        if first > end + timedelta(days=1) or last < begin - timedelta(days=1):
+            against.append("AGE")
+        return against
+
+    def _fits(self, seat: Seat) -> bool:
+        search, who = self.search, seat.practitioner
+        if search.clinic_ids and seat.clinic_id not in search.clinic_ids:
+            return False
+        if search.practitioner_ids and seat.practitioner_id not in search.practitioner_ids:
+            return False
+        if search.languages and not any(speaks(who.languages or (), one) for one in search.languages):
+            return False
+        if search.genders and who.gender not in search.genders:
+            return False
+        states = {search.licensed_state} - {""}
+        if self.visit_type.licence_required and self.visit_type.remote and search.facts.state:
+            states.add(search.facts.state)
+        if not states <= set(who.licensed_states or ()):
+            return False
+        return self._is_near(self._directory.clinics[seat.clinic_id]) and bool(self._in_force(seat))
+
+    def _in_force(self, seat: Seat) -> list[Interval]:
+        """When the roles are in force that the visit type asks for, and one of those that are wished for."""
+        asked = (self.visit_type.specialty or {}).get("code")
+        ranges = self._directory.in_force(seat, frozenset({asked} if asked else ()))
+        if self.search.specialties:
+            ranges = intersect(ranges, self._directory.in_force(seat, frozenset(self.search.specialties)))
+        return ranges
+
+    def _is_near(self, clinic: Place) -> bool:
+        if self.search.near is None:
+            return True
+        if clinic.position is None:
+            return False
+        if clinic.id not in self.free.distances:
+            self.free.distances[clinic.id] = kilometres(clinic.position, self.search.near[:2])
+        return self.free.distances[clinic.id] <= self.search.near[2]
+
+    def tiers(self) -> list[tuple[int, list[Seat]]]:
+        """Who is preferred first. Pages go on by rank and slot."""
+        own, team = self.search.own_practitioner_id, set(self.search.team_practitioner_ids)
+        tiers: tuple[list[Seat], ...] = ([], [], [])
+        for seat in self.seats:
+            tiers[0 if seat.practitioner_id == own else 1 if seat.practitioner_id in team else 2].append(seat)
+        return [(rank, seats) for rank, seats in enumerate(tiers) if seats]
+
+    async def limit(self, seats: Sequence[Seat], first: int, last: int) -> None:
+        """Find the occurrences of blocks whose quotas are reached."""
+        limited = [seat for seat in seats if seat.limited]
+        if not limited:
+            return
+        rows = await self._fetch(
+            STARTED,
+            {
+                "tenant": self.search.tenant_id,
+                "practitioners": sorted({seat.practitioner_id for seat in limited}),
+                "first": datetime.fromtimestamp(first - 2 * DAY, UTC),
+                "last": datetime.fromtimestamp(last + 2 * DAY, UTC),
+            },
+        )
+        started: dict[tuple[str, str], list[tuple[int, str, bool]]] = {}
+        for _, clinic_id, practitioner_id, visit_type_id, new_patient, start_time in rows:
+            visit = (int(start_time.timestamp()), str(visit_type_id), bool(new_patient))
+            started.setdefault((str(practitioner_id), str(clinic_id)), []).append(visit)
+        for seat in limited:
+            key = (seat.practitioner_id, seat.clinic_id)
+            zone = self._directory.clinics[seat.clinic_id].zone
+            self._full[key] = [
+                (begin, end)
+                for block in seat.weekly
+                if block.quotas and block.takes(self.visit_type.id)
+                for begin, end in occurrences(block, zone, first, last)
+                if any(
+                    quota.counts(self.visit_type.id, bool(self._new_patient))
+                    and quota.at_most
+                    <= sum(begin <= at < end and quota.counts(kind, new) for at, kind, new in started.get(key, ()))
+                    for quota in block.quotas
+                )
             ]
-            for kind in visit_type.resource_kinds
-        ],
-        visit_type.asks,
-        zone=clinic.zone,
-        window_start=start,
-        window_end=end,
-        now=now,
-        closed_days=clinic.closed_days(first - timedelta(days=2), last + timedelta(days=2)),
-        clinic_id=clinic.id,
-        wanted=search.wanted,
-        patient_occupied=taken.get(search.patient_id, ()),
-    )
 
+    async def taken(self, seats: Sequence[Seat], first: int, last: int) -> dict[str, list[Interval]]:
+        """What stands in a window, by whom, in any lane. An expired hold doesn't: whoever books takes it over."""
+        kind = self.visit_type
+        reach = 60 * (kind.duration_minutes + (kind.buffer_before_minutes or 0) + (kind.buffer_after_minutes or 0))
+        return await taken(self._fetch, self.search.tenant_id, self.who(seats), first - reach, last + reach)
 
-async def _seen(db: AsyncSession, search: Search, visit_type: VisitType) -> list[tuple[Schedule, Clinic, Practitioner]]:
-    """Who sees patients where: active practitioners with hours at active clinics, and with the specialty."""
-    query = (
-        select(Schedule, Clinic, Practitioner)
-        .join(Clinic, and_(Clinic.tenant_id == Schedule.tenant_id, Clinic.id == Schedule.clinic_id))
-        .join(
-            Practitioner,
-            and_(Practitioner.tenant_id == Schedule.tenant_id, Practitioner.id == Schedule.practitioner_id),
+    def who(self, seats: Sequence[Seat]) -> set[str]:
+        """Who and what may take part, the patient too."""
+        who = {seat.practitioner_id for seat in seats}
+        for clinic_id in {seat.clinic_id for seat in seats}:
+            who.update(room.id for room in self._directory.rooms.get(clinic_id, ()) if self._serves(room))
+        if self.search.patient_id:
+            who.add(self.search.patient_id)
+        return who
+
+    def _serves(self, room: Room) -> bool:
+        return any(need.met_by(room.id, room.kind, room.languages) for need in self._needs)
+
+    def at(
+        self, seats: Sequence[Seat], busy: dict[str, list[Interval]], first: int, last: int
+    ) -> Iterator[tuple[str, tuple[object, ...], dict[str, object]]]:
+        """For each clinic what `free_starts` and `count_by_day` are asked with in a window."""
+        search = self.search
+        days = [datetime.fromtimestamp(at, UTC).date() for at in (first, last)]
+        by_clinic: dict[str, list[Seat]] = {}
+        for seat in seats:
+            by_clinic.setdefault(seat.clinic_id, []).append(seat)
+        for clinic_id, here in by_clinic.items():
+            clinic = self._directory.clinics[clinic_id]
+            who = [
+                availability.Resource(
+                    seat.practitioner_id,
+                    seat.public if search.self_service else seat.weekly,
+                    seat.exceptions,
+                    busy.get(seat.practitioner_id, ()),
+                    self._starts(seat, clinic),
+                )
+                for seat in here
+            ]
+            rooms = {
+                room.id: availability.Resource(room.id, room.hours, room.exceptions, busy.get(room.id, ()))
+                for room in self._directory.rooms.get(clinic_id, ())
+                if self._needs and self._serves(room)
+            }
+            pools = [
+                [
+                    rooms[room.id]
+                    for room in self._directory.rooms.get(clinic_id, ())
+                    if need.met_by(room.id, room.kind, room.languages)
+                ]
+                for need in self._needs
+            ]
+            how = {
+                "zone": clinic.zone,
+                "window_start": first,
+                "window_end": last,
+                "now": self._now,
+                "closed_days": clinic.closed_days(days[0] - timedelta(days=2), days[1] + timedelta(days=2)),
+                "wanted": search.wanted,
+                "patient_occupied": busy.get(search.patient_id, ()),
+                "held_back": search.held_back,
+            }
+            yield clinic_id, (who, pools, self.visit_type.asks), how
+
+    def _starts(self, seat: Seat, clinic: Place) -> list[Interval] | None:
+        """When visits may start: while the role is in force and the patient of the age, save where quotas are reached."""
+        starts = self._in_force(seat)
+        if self.search.patient_id and self.visit_type.eligibility:
+            first, last = eligibility.age_days(self.visit_type.eligibility, self.search.facts.birth_date)
+            ages = (
+                _ALWAYS[0] if first == date.min else int(at_local(first, time(0), clinic.time_zone).timestamp()),
+                _ALWAYS[1]
+                if last == date.max
+                else int(at_local(last + timedelta(days=1), time(0), clinic.time_zone).timestamp()),
+            )
+            starts = intersect(starts, [ages])
+        if self.search.self_service:
+            until = (self.visit_type.self_booking or {}).get("until_minutes", 0)
+            starts = intersect(starts, [(self._now + 60 * until, _ALWAYS[1])])
+        full = self._full.get((seat.practitioner_id, seat.clinic_id))
+        if full:
+            starts = subtract(starts, full)
+        return None if starts == [_ALWAYS] else starts
+
+    def is_held(self, slot: Slot) -> bool:
+        """Whether a slot lies in a block that is held back now."""
+        zone = self._directory.clinics[slot.clinic_id].zone
+        return any(
+            begin - 3600 * block.release_hours > self._now
+            for seat in self.seats
+            if (seat.practitioner_id, seat.clinic_id) == (slot.practitioner_id, slot.clinic_id)
+            for block in seat.weekly
+            if block.release_hours and block.takes(self.visit_type.id)
+            for begin, _ in occurrences(block, zone, slot.start, slot.end)
         )
-        .where(
-            Schedule.tenant_id == search.tenant_id,
-            Clinic.status == "ACTIVE",
-            Clinic.time_zone != "",
-            Practitioner.active,
+
+
+def _looks(start: int, end: int, many: int) -> Iterator[Interval]:
+    """Windows to look at one after the other: most pages are full within the first, and the others are never read."""
+    first = start
+    for days in (1, 4) if many >= _MANY else (3,):
+        last = min(start + days * DAY, end)
+        if first < last:
+            yield first, last
+        first = max(first, last)
+    if first < end:
+        yield first, end
+
+
+async def taken(fetch: Fetch, tenant_id: str, ref_ids: set[str], first: int, last: int) -> dict[str, list[Interval]]:
+    """What stands between two instants, by whom, in any lane; expired holds don't stand.
+
+    Raises Invalid `SEARCH_TOO_WIDE`: what isn't read must not look free.
+    """
+    values = {"tenant": tenant_id, "refs": sorted(ref_ids), "first": max(first, 0), "last": last}
+    found: dict[object, list[Interval]] = {}
+    rows = await fetch(_TAKEN, values)
+    if len(rows) >= _ROWS_AT_MOST:
+        raise Invalid(
+            "SEARCH_TOO_WIDE", "Too much stands in this window; name fewer clinics or days.", field="end_time"
         )
-        .options(
-            load_only(Clinic.time_zone, Clinic.holiday_region, Clinic.closed_dates, Clinic.status),
-            load_only(Practitioner.roles),
-        )
-        .order_by(Schedule.clinic_id, Schedule.practitioner_id)
-        .limit(_SCHEDULES_AT_MOST)
-    )
-    if search.clinic_ids:
-        query = query.where(Schedule.clinic_id.in_(search.clinic_ids))
-    if search.practitioner_ids:
-        query = query.where(Schedule.practitioner_id.in_(search.practitioner_ids))
-    specialty = (visit_type.specialty or {}).get("code")
-    return [
-        (schedule, clinic, practitioner)
-        for schedule, clinic, practitioner in (await db.execute(query)).tuples()
-        if not specialty or practitioner.has_specialty(clinic.id, specialty)
-    ]
-
-
-async def _resources(
-    db: AsyncSession, search: Search, visit_type: VisitType, clinic_ids: Sequence[str]
-) -> list[Resource]:
-    if not visit_type.resource_kinds:
-        return []
-    query = (
-        select(Resource)
-        .where(
-            Resource.tenant_id == search.tenant_id,
-            Resource.clinic_id.in_(clinic_ids),
-            Resource.kind.in_(visit_type.resource_kinds),
-        )
-        .order_by(Resource.id)
-        .limit(_RESOURCES_AT_MOST)
-    )
-    return list((await db.execute(query)).scalars())
-
-
-async def _taken(
-    db: AsyncSession, search: Search, ref_ids: Sequence[str], first: int, last: int
-) -> dict[str, list[Interval]]:
-    """What stands in the window, by whom, in any lane. An expired hold doesn't: whoever books takes it over."""
-    rows = await db.execute(
-        _TAKEN, {"tenant": search.tenant_id, "refs": list(ref_ids), "first": max(first, 0), "last": last}
-    )
-    taken: dict[str, list[Interval]] = {}
-    for row in rows:
-        taken.setdefault(row.ref_id, []).append((row.first, row.last))
-    return taken
+    for ref_id, begin, end in rows:
+        found.setdefault(ref_id, []).append((begin, end))
+    return {str(ref_id): rows for ref_id, rows in found.items()}
 
 
 _BEGIN = PACKED.format(no="b.no", lane="lane.n")
@@ -217,3 +458,6 @@ _TAKEN = text(
     bindparam("first", type_=BigInteger),
     bindparam("last", type_=BigInteger),
 ).columns(ref_id=Uuid(as_uuid=False), first=BigInteger, last=BigInteger)  # fmt: skip
+_ESTABLISHED = text(f"SELECT {ESTABLISHED.format(specialty='(:specialty)::text')} AS established").bindparams(
+    bindparam("tenant", type_=Uuid(as_uuid=False)), bindparam("patient", type_=Uuid(as_uuid=False))
+).columns(established=Boolean)  # fmt: skip

@@ -7,25 +7,28 @@ from chassis.errors import FailedPrecondition, Invalid
 
 
 class Place(NamedTuple):
-    """What is wanted: which visit, where, with whom, from which epoch second on, and preferably in which rooms."""
+    """What is wanted: which visit, where, with whom, from which epoch second on, in which rooms preferably, and with an
+    interpreter of which language, if any."""
 
     visit_type_id: str
     clinic_id: str
     practitioner_id: str
     start: int
     resource_ids: tuple[str, ...] = ()
+    interpreter_language: str = ""
 
 
 def written(tenant_id: str, place: Place, expires: int) -> list[Any]:
     """An offer as it is signed."""
-    return [tenant_id, expires, *place[:4], list(place.resource_ids)]
+    return [tenant_id, expires, *place[:4], list(place.resource_ids), place.interpreter_language]
 
 
 def read(opened: Any, tenant_id: str, now: int) -> Place:
     """The place that an opened token offers. Raises Invalid `OFFER_INVALID`, FailedPrecondition `OFFER_EXPIRED`."""
-    if not isinstance(opened, Sequence) or len(opened) != 7 or opened[0] != tenant_id:
+    # One of the release before says nothing of an interpreter.
+    if not isinstance(opened, Sequence) or len(opened) not in (7, 8) or opened[0] != tenant_id:
         raise Invalid("OFFER_INVALID", "This is no offer of ours; search again.", field="offer_token")
-    _, expires, visit_type_id, clinic_id, practitioner_id, start, resource_ids = opened
+    _, expires, visit_type_id, clinic_id, practitioner_id, start, resource_ids, *language = opened
     if now >= expires:
         raise FailedPrecondition("OFFER_EXPIRED", "The offer is too old; search again.")
-    return Place(visit_type_id, clinic_id, practitioner_id, start, tuple(resource_ids))
+    return Place(visit_type_id, clinic_id, practitioner_id, start, tuple(resource_ids), *language)

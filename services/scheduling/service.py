@@ -4,6 +4,7 @@ from pathlib import Path
 
 from care.scheduling.v1 import (
     appointments_pb2,
+    availability_views_pb2,
     board_pb2,
     clearings_pb2,
     directory_pb2,
@@ -12,6 +13,7 @@ from care.scheduling.v1 import (
     live_pb2,
     requests_pb2,
     series_pb2,
+    stranded_pb2,
     waitlist_pb2,
 )
 
@@ -19,13 +21,14 @@ from chassis import calendar
 from chassis.errors import Aborted, AlreadyExists
 from chassis.service import Service
 from chassis.timers import Loop
+from services.scheduling import asking
 from services.scheduling.backfill import BackfillLoop
 from services.scheduling.clearing_work import CLEARINGS, clear_days
 from services.scheduling.directory import Base
 from services.scheduling.expiry import expire_holds
 from services.scheduling.reactions import OVERDUE, reactions, tell_overdue_requests
 from services.scheduling.servicer_appointments import AppointmentsServicer
-from services.scheduling.servicer_availability import AvailabilityServicer
+from services.scheduling.servicer_availability import AvailabilityServicer, AvailabilityViewsServicer
 from services.scheduling.servicer_board import DayBoardServicer
 from services.scheduling.servicer_clearings import ClearingsServicer
 from services.scheduling.servicer_directory import (
@@ -39,9 +42,13 @@ from services.scheduling.servicer_feeds import CalendarFeedsServicer, CalendarLi
 from services.scheduling.servicer_live import ScheduleLiveServicer
 from services.scheduling.servicer_requests import SchedulingPreferencesServicer, SchedulingRequestsServicer
 from services.scheduling.servicer_series import SeriesServicer
+from services.scheduling.servicer_stranded import StrandedAppointmentsServicer
 from services.scheduling.servicer_waitlist import WaitlistLinksServicer, WaitlistServicer
 from services.scheduling.settings import SchedulingSettings
+from services.scheduling.snapshot import Directories
 from services.scheduling.tidying import EVERY_SECONDS, delete_old_occupancy
+
+_directories = Directories()
 
 SERVICE = Service(
     name="scheduling",
@@ -53,7 +60,10 @@ SERVICE = Service(
         directory_pb2.DESCRIPTOR.services_by_name["ResourcesService"]: ResourcesServicer(),
         directory_pb2.DESCRIPTOR.services_by_name["VisitTypesService"]: VisitTypesServicer(),
         directory_pb2.DESCRIPTOR.services_by_name["SchedulesService"]: SchedulesServicer(),
-        appointments_pb2.DESCRIPTOR.services_by_name["AvailabilityService"]: AvailabilityServicer(),
+        appointments_pb2.DESCRIPTOR.services_by_name["AvailabilityService"]: AvailabilityServicer(_directories),
+        availability_views_pb2.DESCRIPTOR.services_by_name["AvailabilityViewsService"]: AvailabilityViewsServicer(
+            _directories
+        ),
         appointments_pb2.DESCRIPTOR.services_by_name["AppointmentsService"]: AppointmentsServicer(),
         board_pb2.DESCRIPTOR.services_by_name["DayBoardService"]: DayBoardServicer(),
         clearings_pb2.DESCRIPTOR.services_by_name["ClearingsService"]: ClearingsServicer(),
@@ -65,6 +75,7 @@ SERVICE = Service(
         waitlist_pb2.DESCRIPTOR.services_by_name["WaitlistLinksService"]: WaitlistLinksServicer(),
         feeds_pb2.DESCRIPTOR.services_by_name["CalendarFeedsService"]: CalendarFeedsServicer(),
         feeds_pb2.DESCRIPTOR.services_by_name["CalendarLinksService"]: CalendarLinksServicer(),
+        stranded_pb2.DESCRIPTOR.services_by_name["StrandedAppointmentsService"]: StrandedAppointmentsServicer(),
     },
     payloads={
         "clinic": directory_pb2.Clinic,
@@ -81,6 +92,7 @@ SERVICE = Service(
         "waitlist": waitlist_pb2.WaitlistEvent,
     },
     reactions=reactions,
+    asks={"facts": asking.facts},
     hears=("referrals",),
     warm=(calendar.warm,),
     loops=(

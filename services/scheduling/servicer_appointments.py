@@ -15,9 +15,9 @@ from chassis.reading import Rows
 from chassis.rivals import Contest
 from chassis.signing import Signer
 from chassis.wire import enum_names, given_time, plain, to_proto, to_time
-from services.scheduling import booking, days, occupancy, offers, walkins
+from services.scheduling import booking, days, occupancy, offers, policies, walkins
 from services.scheduling.appointment import Appointment, Status
-from services.scheduling.directory import Clinic
+from services.scheduling.directory import Clinic, VisitType
 from services.scheduling.offers import Place
 from services.scheduling.scheduling_request import follow_visit
 
@@ -68,7 +68,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
     async def CreateAppointment(self, request: pb.CreateAppointmentRequest, call: Call) -> pb.Appointment:
         place = _offered(request.offer_token, call) if request.offer_token else _named(request, request.visit_type_id)
         overbooking = _overbooking(request, call)
-        chosen = await _choose(call, request.patient_id, place, overbooking)
+        chosen = await _choose(call, request.patient_id, place, overbooking, terms=_terms(request, call))
         appointment = await _new(request, call, chosen)
         appointment.comment = request.comment
         appointment.book(_reason(chosen, overbooking))
@@ -76,7 +76,8 @@ class AppointmentsServicer(AppointmentsServiceServicer):
 
     @_the_time
     async def HoldAppointment(self, request: pb.HoldAppointmentRequest, call: Call) -> pb.Appointment:
-        chosen = await _choose(call, request.patient_id, _offered(request.offer_token, call))
+        place = _offered(request.offer_token, call)
+        chosen = await _choose(call, request.patient_id, place, terms=_terms(request, call))
         appointment = await _new(request, call, chosen)
         seconds = request.hold_seconds if request.HasField("hold_seconds") else call.runtime.settings.hold_default  # type: ignore[attr-defined]
         appointment.hold(call.now + timedelta(seconds=seconds))
@@ -133,8 +134,11 @@ class AppointmentsServicer(AppointmentsServiceServicer):
             place = _named(request, appointment.visit_type_id, appointment)
         if place.visit_type_id != appointment.visit_type_id:
             raise Invalid("OFFER_INVALID", "The offer is for another visit type.", field="offer_token")
+        place = place._replace(interpreter_language=place.interpreter_language or appointment.interpreter_language)
+        await _self_service(call, "reschedule", appointment)
         overbooking = _overbooking(request, call)
-        chosen = await _choose(call, appointment.patient_id, place, overbooking, moving=appointment)
+        terms = booking.Terms(is_self_service(call), _held_back(request, call))
+        chosen = await _choose(call, appointment.patient_id, place, overbooking, moving=appointment, terms=terms)
         appointment.reschedule(_reason(chosen, overbooking), **chosen.values())
         await chosen.take(call.db, appointment)
         return await _answer(call, appointment)
@@ -172,6 +176,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
 
     async def CancelAppointment(self, request: pb.CancelAppointmentRequest, call: Call) -> pb.Appointment:
         appointment = await call.get(Appointment, request.id, etag=request.etag)
+        await _self_service(call, "cancel", appointment)
         appointment.cancel(plain(request.reason), call.now)
         return await _freed(call, appointment)
 
@@ -244,7 +249,9 @@ def _named(request: Wanting, visit_type_id: str, now: Appointment | None = None)
     # A start within a second would be another one to the calendar than to the reader.
     if start.microsecond:
         raise Invalid("START_INVALID", "A start is a whole second.", field="start_time")
-    return Place(**place, start=int(start.timestamp()))
+    return Place(
+        **place, start=int(start.timestamp()), interpreter_language=getattr(request, "interpreter_language", "")
+    )
 
 
 def _overbooking(request: Any, call: Call) -> booking.Overbooking | None:
@@ -252,6 +259,36 @@ def _overbooking(request: Any, call: Call) -> booking.Overbooking | None:
         return None
     asked = request.overbooking
     return booking.Overbooking(asked.reason, asked.patient_overlap, call.allows("appointments.overbook"))
+
+
+def is_self_service(call: Call) -> bool:
+    """Whether a patient, or somebody who acts for one, calls without staff."""
+    return call.caller.kind in ("patient", "related")
+
+
+async def _self_service(call: Call, verb: str, appointment: Appointment) -> None:
+    """Raises what `policies.check` does where a patient may not do this without staff, or no longer."""
+    if not is_self_service(call):
+        return
+    column = {"reschedule": VisitType.self_rescheduling, "cancel": VisitType.self_cancelling}[verb]
+    where = (VisitType.tenant_id == call.tenant_id, VisitType.id == appointment.visit_type_id)
+    policy = (await call.db.execute(select(column).where(*where))).scalar_one_or_none()
+    policies.check(verb, policy, int(appointment.start_time.timestamp()), int(call.now.timestamp()))
+
+
+def _terms(request: Competing, call: Call) -> booking.Terms:
+    return booking.Terms(
+        is_self_service(call),
+        _held_back(request, call),
+        any(one.type == "Referral" for one in request.based_on),
+        request.payer,
+    )
+
+
+def _held_back(request: Any, call: Call) -> bool:
+    if request.held_back:
+        call.require("appointments.held_back")
+    return bool(request.held_back)
 
 
 def _reason(chosen: booking.Chosen, overbooking: booking.Overbooking | None) -> str:
@@ -265,13 +302,22 @@ async def _choose(
     place: Place,
     overbooking: booking.Overbooking | None = None,
     moving: Appointment | None = None,
+    terms: booking.Terms = booking.STAFF,
 ) -> booking.Chosen:
     if moving is None:
         # First: whether a patient is busy or dead is nobody's to learn who may not see the record.
         await call.subject(patient_id)
     walk_in = call.runtime.settings.walk_in if call.caller.kind == "staff" else 0  # type: ignore[attr-defined]
     return await booking.choose(
-        call.db, call.tenant_id, patient_id, place, call.now, walk_in=walk_in, overbooking=overbooking, moving=moving
+        call.db,
+        call.tenant_id,
+        patient_id,
+        place,
+        call.now,
+        walk_in=walk_in,
+        overbooking=overbooking,
+        moving=moving,
+        terms=terms,
     )
 
 

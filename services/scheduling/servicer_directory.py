@@ -12,7 +12,7 @@ from care.scheduling.v1.directory_pb2_grpc import (
     VisitTypesServiceServicer,
 )
 from google.protobuf.field_mask_pb2 import FieldMask
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.dialects.postgresql import insert
 
 from chassis.call import Call, require_etag
@@ -28,13 +28,14 @@ from services.scheduling.directory import (
     Schedule,
     VisitType,
 )
+from services.scheduling.stranding import Stranding
 
 R = TypeVar("R", Clinic, Practitioner)
 
 # What other systems don't know, so that it changes here whoever owns the rest of the entry.
 _OURS = {
     "clinic": {"discreet_name", "time_zone", "holiday_region", "closed_dates", "status", "directions", "specialties"}
-    | {"security_labels"},
+    | {"security_labels", "position"},
     "practitioner": {"languages", "licensed_states", "roles", "active"},
 }
 
@@ -65,7 +66,13 @@ class ClinicsServicer(ClinicsServiceServicer):
         clinic = await call.get(Clinic, request.clinic.id, etag=require_etag(request.etag))
         values = _values(call, request.clinic, request.update_mask)
         _refuse_managed(call, clinic, values)
+        # Whether it is open at all is no matter of hours: a clinic that is suspended has its visits moved by hand anyway.
+        closes = {"closed_dates", "holiday_region", "time_zone"} & values.keys()
+        schedules = list((await call.db.execute(_hours_at(call, clinic.id))).scalars()) if closes else []
+        stranding = Stranding(call.db, call.now)
+        await stranding.before(clinic, schedules)
         clinic.change(**values)
+        call.saw(*(one.patient_id for one in await stranding.after(clinic, schedules)))
         await _claim_identifiers(call, clinic)
         await call.db.flush()
         return to_proto(clinic, pb.Clinic)
@@ -133,6 +140,19 @@ class ResourcesServicer(ResourcesServiceServicer):
         resource.change(**given(request.resource))
         await _know_clinics(call, [resource.clinic_id])
         await call.add(resource)
+        await call.db.flush()
+        return to_proto(resource, pb.Resource)
+
+    async def GetResource(self, request: pb.GetResourceRequest, call: Call) -> pb.Resource:
+        return to_proto(await call.get(Resource, request.id), pb.Resource)
+
+    async def UpdateResource(self, request: pb.UpdateResourceRequest, call: Call) -> pb.Resource:
+        resource = await call.get(Resource, request.resource.id, etag=require_etag(request.etag))
+        values = given(request.resource, request.update_mask)
+        for fixed in ("clinic_id", "kind"):
+            if values.pop(fixed, None) not in (None, getattr(resource, fixed)):
+                raise Invalid("FIELD_FIXED", f"{fixed} can't be changed.", field=f"resource.{fixed}")
+        resource.change(**values)
         await call.db.flush()
         return to_proto(resource, pb.Resource)
 
@@ -204,9 +224,17 @@ class SchedulesServicer(SchedulesServiceServicer):
         for fixed in ("practitioner_id", "clinic_id"):
             if values.pop(fixed, None) not in (None, getattr(schedule, fixed)):
                 raise Invalid("FIELD_FIXED", f"{fixed} can't be changed.", field=f"schedule.{fixed}")
+        clinic = await call.get(Clinic, schedule.clinic_id)
+        stranding = Stranding(call.db, call.now)
+        await stranding.before(clinic, [schedule])
         schedule.change(**values)
+        call.saw(*(one.patient_id for one in await stranding.after(clinic, [schedule])))
         await call.db.flush()
         return to_proto(schedule, pb.Schedule)
+
+
+def _hours_at(call: Call, clinic_id: str) -> Select[tuple[Schedule]]:
+    return call.select(Schedule).where(Schedule.clinic_id == clinic_id)
 
 
 def _values(call: Call, entry: pb.Clinic | pb.Practitioner, mask: FieldMask | None = None) -> dict[str, Any]:

@@ -7,8 +7,10 @@ import asyncpg
 from care.events.v1.envelope_pb2 import Event
 from care.patients.v1 import events_pb2 as patients_pb2
 from care.scheduling.v1 import appointments_pb2 as pb
+from care.scheduling.v1 import availability_views_pb2 as views_pb2
 from care.scheduling.v1 import directory_pb2, events_pb2
 from care.scheduling.v1.appointments_pb2_grpc import AppointmentsServiceStub, AvailabilityServiceStub
+from care.scheduling.v1.availability_views_pb2_grpc import AvailabilityViewsServiceStub
 from care.scheduling.v1.directory_pb2_grpc import (
     ClinicsServiceStub,
     PractitionersServiceStub,
@@ -96,8 +98,8 @@ class Desk:
             VisitTypesServiceStub, "CreateVisitType", directory_pb2.CreateVisitTypeRequest(visit_type=visit_type)
         )
 
-    async def a_room(self, kind="exam-room", clinic=""):
-        resource = directory_pb2.Resource(clinic_id=clinic or self.clinic, kind=kind, name="1")
+    async def a_room(self, kind="exam-room", clinic="", **more):
+        resource = directory_pb2.Resource(clinic_id=clinic or self.clinic, kind=kind, name="1", **more)
         return await self.directory(
             ResourcesServiceStub, "CreateResource", directory_pb2.CreateResourceRequest(resource=resource)
         )
@@ -118,6 +120,15 @@ class Desk:
     async def search(self, visit_type="", subject="cora", **more):
         request = pb.SearchAvailabilityRequest(visit_type_id=visit_type or self.visit, **more)
         return await self.harness.call("scheduling", AvailabilityServiceStub, "SearchAvailability", request, subject)
+
+    async def count(self, visit_type="", subject="cora", **more):
+        search = pb.SearchAvailabilityRequest(visit_type_id=visit_type or self.visit, **more)
+        request = views_pb2.SearchDayCountsRequest(search=search)
+        return await self.harness.call("scheduling", AvailabilityViewsServiceStub, "SearchDayCounts", request, subject)
+
+    async def panel(self, *steps, subject="cora", **more):
+        request = views_pb2.SearchPanelRequest(steps=steps, **more)
+        return await self.harness.call("scheduling", AvailabilityViewsServiceStub, "SearchPanel", request, subject)
 
     async def book(self, patient, start, practitioner="", subject="cora", **more):
         """A direct booking."""

@@ -175,22 +175,48 @@ async def test_every_offer_of_a_page_can_be_taken_until_its_time_is(desk):
     assert len(held) >= 2
 
 
-async def test_a_search_takes_a_bounded_number_of_statements(desk):
+class Sent:
+    """Statements that reads send while this is open: by a session and on the short way, the audit's own aside."""
+
+    def __init__(self, database):
+        self._engine, self._loader, self.statements = database.engine.sync_engine, database._loader, []
+
+    def __enter__(self):
+        self._fetch = self._loader.fetch
+
+        async def fetch(sql, arguments):
+            self._note(None, None, sql)
+            return await self._fetch(sql, arguments)
+
+        self._loader.fetch = fetch
+        event.listen(self._engine, "before_cursor_execute", self._note)
+        return self
+
+    def __exit__(self, *_error):
+        del self._loader.fetch
+        event.remove(self._engine, "before_cursor_execute", self._note)
+
+    def _note(self, _connection, _cursor, statement, *_rest):
+        # Loops of the service are at work beside it.
+        if any(
+            f" {table} " in statement for table in ("clinic", "schedule", "occupancy o", "occupancy", "record_subject")
+        ):
+            if "hold_expire_time" not in statement and "DELETE" not in statement:
+                self.statements.append(statement)
+
+
+async def test_a_search_takes_three_statements_whatever_it_looks_at(desk):
+    """DOMAIN 2.1, slow availability: an N+1 made others wait 10 seconds to a minute."""
     visit = await desk.a_visit_type("counted", resource_kinds=["counted-room"])
     await desk.a_room("counted-room")
-    sent = []
-
-    def note(_connection, _cursor, statement, *_rest):
-        if any(table in statement for table in ("visit_type", "schedule", "resource", "occupancy")):
-            sent.append(statement)
-
-    engine = desk.database.engine.sync_engine
-    event.listen(engine, "before_cursor_execute", note)
-    try:
-        found = await desk.search(visit, start_time=day(2031, 6, 9), patient_id=await desk.a_patient())
-    finally:
-        event.remove(engine, "before_cursor_execute", note)
-    assert len(found.slots) == 50 and len(sent) == 4, sent
+    patient, begin = await desk.a_patient(), day(2031, 6, 9)
+    await desk.search(visit, start_time=begin)  # the directory is read after it has changed, once
+    with Sent(desk.database) as sent:
+        found = await desk.search(visit, start_time=begin, patient_id=patient)
+    assert len(found.slots) == 50 and len(sent.statements) <= 3, sent.statements
+    with Sent(desk.database) as sent:
+        assert (await desk.count(visit, start_time=begin)).days
+    assert len(sent.statements) == 2, sent.statements
 
 
 async def test_a_start_on_the_grid_is_offered_at_midnight_too(desk):
@@ -198,3 +224,92 @@ async def test_a_start_on_the_grid_is_offered_at_midnight_too(desk):
     begin = day(2031, 6, 9)
     found = await desk.search(start_time=begin, practitioner_ids=[doctor], page_size=1)
     assert clock(found.slots) == ["00:00"]
+
+
+WEEK = {"start_time": day(2031, 6, 9), "end_time": day(2031, 6, 14), "page_size": 200}
+
+
+async def test_languages_genders_specialties_and_modalities_are_filters(desk):
+    skin = {"system": "http://nucc.org/provider-taxonomy", "code": "207N00000X"}
+    one = await desk.a_practitioner(
+        "Uno", OFFICE, languages=["es-MX", "en"], gender="female", role={"specialties": [skin]}
+    )
+    two = await desk.a_practitioner("Due", OFFICE, languages=["it"], gender="male")
+
+    async def who(visit="", **wishes):
+        found = await desk.search(visit, practitioner_ids=[one, two], **WEEK, **wishes)
+        return {slot.practitioner_id for slot in found.slots}
+
+    assert await who() == {one, two}
+    assert await who(languages=["es"]) == {one} == await who(languages=["ES-mx"])
+    assert await who(languages=["es-ES"]) == set() and await who(languages=["it", "es"]) == {one, two}
+    assert await who(genders=["male"]) == {two}
+    assert await who(specialties=["207N00000X"]) == {one}
+    assert await who(modalities=["IN_PERSON"]) == {one, two} and await who(modalities=["VIDEO", "PHONE"]) == set()
+
+
+async def test_clinics_near_a_point_and_how_far_they_are(desk):
+    boston = await desk.a_clinic(position={"latitude": 42.3601, "longitude": -71.0589})
+    worcester = await desk.a_clinic(position={"latitude": 42.2626, "longitude": -71.8023})
+    who = [await desk.a_practitioner("Near", OFFICE, clinic=clinic) for clinic in (boston, worcester, desk.clinic)]
+    near = {"position": {"latitude": 42.3736, "longitude": -71.1097}, "within_km": 20}
+
+    async def found(**wishes):
+        slots = (await desk.search(practitioner_ids=who, **WEEK, **wishes)).slots
+        return {slot.clinic_id: slot.distance_km for slot in slots}
+
+    assert await found(near=near) == {boston: 4.4}
+    assert await found(near={**near, "within_km": 60}) == {boston: 4.4, worcester: 58.3}
+    assert await found() == dict.fromkeys([boston, worcester, desk.clinic], 0.0)
+
+
+async def test_the_own_clinician_comes_first_then_the_team_and_pages_go_on_in_that_order(desk):
+    own, mate, other = [await desk.a_practitioner(name, OFFICE) for name in ("Own", "Mate", "Else")]
+    wish = {"practitioner_ids": [own, mate, other], "own_practitioner_id": own, "team_practitioner_ids": [mate, own]}
+    window = {**WEEK, "end_time": day(2031, 6, 10)}
+    whole = (await desk.search(**window, **wish)).slots
+    assert [slot.practitioner_id for slot in whole] == [own] * 11 + [mate] * 11 + [other] * 11
+    seen, token = [], ""
+    while token or not seen:
+        page = await desk.search(**{**window, "page_size": 4}, page_token=token, **wish)
+        seen += page.slots
+        token = page.next_page_token
+        if len(seen) == 8:
+            await desk.hold(await desk.a_patient(), whole[1])  # of a page that was seen
+            await desk.hold(await desk.a_patient(), whole[20])
+    keys = [(slot.practitioner_id, slot.start_time.seconds) for slot in seen]
+    gone = {(whole[20].practitioner_id, whole[n].start_time.seconds) for n in (19, 20, 21)}
+    assert keys == [key for slot in whole if (key := (slot.practitioner_id, slot.start_time.seconds)) not in gone]
+
+
+async def test_days_are_counted_as_a_search_shows_them(desk):
+    west = await desk.a_clinic("America/Denver")
+    who = [await desk.a_practitioner("Count", OFFICE), await desk.a_practitioner("Count2", OFFICE, clinic=west)]
+    await desk.a_room("counting-room"), await desk.a_room("counting-room", west)
+    roomy = await desk.a_visit_type("roomy", resource_kinds=["counting-room"])
+    begin = day(2031, 11, 1)  # over the end of summer time
+    await desk.book(await desk.a_patient(), day(2031, 11, 3, 9), who[0])
+    window = {"start_time": begin, "end_time": begin + timedelta(days=6), "practitioner_ids": who, "page_size": 200}
+    for visit in (desk.visit, roomy):
+        shown = {}
+        for slot in (await desk.search(visit, **window)).slots:
+            zone = ZoneInfo(slot.time_zone)
+            shown.setdefault((slot.clinic_id, local(slot, zone).date().isoformat()), []).append(slot.start_time.seconds)
+        counted = (await desk.count(visit, **window)).days
+        assert {(one.clinic_id, one.date): (one.slots, one.first_start_time.seconds) for one in counted} == {
+            key: (len(starts), min(starts)) for key, starts in shown.items()
+        }
+        assert len(counted) == 8 and [(one.clinic_id, one.date) for one in counted] == sorted(shown)
+
+
+async def test_a_window_of_ten_years_and_a_page_token_of_somebody_else_are_refused(desk):
+    begin = day(2031, 6, 9)
+    for reaching in (begin + timedelta(days=3653), begin + timedelta(days=63)):
+        assert await refused(desk.search(start_time=begin, end_time=reaching)) == "WINDOW_TOO_LONG"
+        assert await refused(desk.count(start_time=begin, end_time=reaching)) == "WINDOW_TOO_LONG"
+    assert (await desk.search(start_time=begin, end_time=begin + timedelta(days=62))).slots
+    mine = await desk.search(start_time=begin, page_size=3)
+    again = {"start_time": begin, "page_size": 3, "page_token": mine.next_page_token}
+    assert (await desk.search(**again)).slots
+    assert await refused(desk.search(subject="sam", **again)) == "PAGE_TOKEN_INVALID"
+    assert await refused(desk.search(**{**again, "languages": ["en"]})) == "PAGE_TOKEN_INVALID"

@@ -1,0 +1,166 @@
+"""Hours that are not right, and what a change of hours leaves outside."""
+
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+import pytest
+from care.scheduling.v1 import appointments_pb2 as pb
+from care.scheduling.v1 import directory_pb2, stranded_pb2
+from care.scheduling.v1.directory_pb2_grpc import ClinicsServiceStub, ResourcesServiceStub, SchedulesServiceStub
+from care.scheduling.v1.stranded_pb2_grpc import StrandedAppointmentsServiceStub
+
+from chassis.errors import Problem
+from services.scheduling.tests.desk import ALWAYS, refused, soon
+
+NEW_YORK = ZoneInfo("America/New_York")
+
+
+def block(weekday, start, end, **more):
+    return {"weekday": weekday, "start": start, "end": end, **more}
+
+
+A, B = "01890000-0000-7000-8000-00000000000a", "01890000-0000-7000-8000-00000000000b"
+
+
+@pytest.mark.parametrize(
+    ("hours", "reason"),
+    [
+        ([block(1, "09:00", "12:00"), block(1, "11:45", "13:00")], "HOURS_OVERLAP"),
+        ([block(1, "22:00", "02:00"), block(2, "01:00", "03:00")], "HOURS_OVERLAP"),
+        ([block(7, "22:00", "02:00"), block(1, "01:00", "03:00")], "HOURS_OVERLAP"),
+        ([block(1, "09:00", "12:00", visit_type_ids=[A]), block(1, "09:00", "12:00")], "HOURS_OVERLAP"),
+        (
+            [
+                block(1, "09:00", "12:00", valid_until="2031-06-30"),
+                block(1, "09:00", "12:00", valid_from="2031-06-30"),
+            ],
+            "HOURS_OVERLAP",
+        ),
+        ([block(1, "09:00", "12:00", valid_from="2031-02-01", valid_until="2031-01-31")], "PERIOD_INVALID"),
+        ([block(1, "09:00", "12:00", valid_from="2031-02-30")], "DATE_INVALID"),
+        ([block(8, "09:00", "12:00")], "FIELD_INVALID"),
+        ([block(1, "24:00", "12:00")], "FIELD_INVALID"),
+    ],
+)
+async def test_hours_that_are_not_right_are_refused_with_field_and_reason(desk, hours, reason):
+    doctor = await desk.a_practitioner("Wrong", hours=())
+    with pytest.raises(Problem) as problem:
+        await desk.hours(doctor, hours)
+    assert problem.value.reason == reason and problem.value.metadata["field"].startswith("schedule.weekly_hours")
+    assert await refused(desk.a_room("wrong", weekly_hours=hours)) == reason
+
+
+@pytest.mark.parametrize(
+    "hours",
+    [
+        [block(1, "09:00", "12:00"), block(1, "12:00", "13:00"), block(2, "09:00", "12:00")],
+        [block(1, "09:00", "12:00", visit_type_ids=[A]), block(1, "09:00", "12:00", visit_type_ids=[B])],
+        [block(1, "09:00", "12:00", valid_until="2031-06-29"), block(1, "10:00", "13:00", valid_from="2031-06-30")],
+        [block(7, "22:00", "02:00"), block(1, "02:00", "03:00")],
+    ],
+)
+async def test_blocks_that_touch_or_are_for_others_or_for_other_months_do_not_overlap(desk, hours):
+    assert await desk.hours(await desk.a_practitioner("Right", hours=()), hours)
+
+
+async def test_a_visit_type_or_resource_that_makes_no_sense_is_refused(desk):
+    assert await refused(desk.a_visit_type("nothing", requirements=[{}])) == "REQUIREMENT_EMPTY"
+    ages = {"minimum_age": 12, "maximum_age": 11}
+    assert await refused(desk.a_visit_type("ages", eligibility=ages)) == "AGES_INVALID"
+    assert await refused(desk.a_room("patient")) == "KIND_RESERVED"
+    assert await refused(desk.a_room("")) == "KIND_MISSING"
+
+
+async def test_a_room_changes_all_but_its_kind_and_clinic(desk):
+    room = await desk.a_room("movable")
+
+    async def update(etag, **values):
+        request = directory_pb2.UpdateResourceRequest(
+            resource={"id": room, **values}, etag=etag, update_mask={"paths": list(values)}
+        )
+        return await desk.harness.call("scheduling", ResourcesServiceStub, "UpdateResource", request, "ada")
+
+    renamed = await update('"1"', name="2", weekly_hours=[block(1, "09:00", "12:00")])
+    assert (renamed.name, renamed.kind, len(renamed.weekly_hours)) == ("2", "movable", 1)
+    assert await refused(update(renamed.etag, kind="other")) == "FIELD_FIXED"
+    assert await refused(update('"1"', name="3")) == "ETAG_MISMATCH"
+
+
+async def stranded(desk, schedule, subject="cora"):
+    request = stranded_pb2.GetStrandedAppointmentsRequest(schedule_id=schedule)
+    stub = StrandedAppointmentsServiceStub
+    answer = await desk.harness.call("scheduling", stub, "GetStrandedAppointments", request, subject)
+    return [one.id for one in answer.appointments]
+
+
+async def change(desk, schedule, etag, **values):
+    request = directory_pb2.UpdateScheduleRequest(
+        schedule={"id": schedule, **values}, etag=etag, update_mask={"paths": list(values)}
+    )
+    return await desk.harness.call("scheduling", SchedulesServiceStub, "UpdateSchedule", request, "ada")
+
+
+async def told(desk, appointment, kind, count):
+    events = [one for one, _ in await desk.told(appointment, count)]
+    return events.count(kind)
+
+
+async def test_a_change_of_hours_tells_each_visit_that_it_leaves_outside_and_moves_none(desk):
+    """DOMAIN 2.1, conflict rules: leave that is entered after visits were booked hides none of them."""
+    doctor = await desk.a_practitioner("Hours", hours=())
+    schedule = await desk.hours(doctor)
+    first, second = soon(5, 14), soon(6, 14)
+    kept, left = (
+        await desk.book(await desk.a_patient(), first, doctor),
+        await desk.book(await desk.a_patient(), second, doctor),
+    )
+    gone = await desk.book(await desk.a_patient(), second + timedelta(hours=2), doctor)
+    await desk.do("Cancel", gone, reason={"code": "pat"})
+    assert not await stranded(desk, schedule)
+    leave = [{"date": str(second.astimezone(NEW_YORK).date()), "kind": "CLOSED"}]
+    changed = await change(desk, schedule, '"1"', exceptions=leave)
+    assert await stranded(desk, schedule) == [left.id]
+    assert await stranded(desk, schedule, "elias") == []  # whose patients these are not
+    now = await desk("GetAppointment", pb.GetAppointmentRequest(id=left.id))
+    assert now.start_time == left.start_time and now.status == left.status and now.etag != left.etag
+    assert await told(desk, left, "appointment.stranded", 2) == 1
+    changed = await change(
+        desk,
+        schedule,
+        changed.etag,
+        weekly_hours=[block(7, "00:00", "00:00")] if first.astimezone(NEW_YORK).isoweekday() != 7 else ALWAYS[:2],
+    )
+    assert set(await stranded(desk, schedule)) == {kept.id, left.id}
+    assert await told(desk, left, "appointment.stranded", 2) == 1  # it was outside before
+    assert await told(desk, kept, "appointment.stranded", 2) == 1
+    await change(desk, schedule, changed.etag, weekly_hours=ALWAYS, exceptions=[])
+    assert not await stranded(desk, schedule)
+
+
+async def test_a_day_on_which_the_clinic_closes_strands_its_visits_too(desk):
+    clinic = await desk.a_clinic()
+    await desk.harness.staff("cleo", ["appointments.read", "appointments.book"], clinics=[clinic])
+    doctor = await desk.a_practitioner("Closing", hours=(), clinic=clinic)
+    schedule = await desk.hours(doctor, clinic=clinic)
+    start = soon(9, 15)
+    patient = await desk.harness.subject(clinic)
+    visit = await desk.book(patient, start, doctor, "cleo", clinic_id=clinic)
+    request = directory_pb2.UpdateClinicRequest(
+        clinic={"id": clinic, "closed_dates": [str(start.astimezone(NEW_YORK).date())]},
+        etag='"1"',
+        update_mask={"paths": ["closed_dates"]},
+    )
+    await desk.harness.call("scheduling", ClinicsServiceStub, "UpdateClinic", request, "ada")
+    assert await stranded(desk, schedule, "cleo") == [visit.id]
+    assert await told(desk, visit, "appointment.stranded", 2) == 1
+
+
+async def test_a_search_sees_a_change_of_the_directory_at_once(desk):
+    """DOMAIN 2.1, slow availability: what is kept is checked against the directory's version each time."""
+    doctor = await desk.a_practitioner("Fresh", hours=())
+    schedule = await desk.hours(doctor, [block(day, "09:00", "10:00") for day in range(1, 8)])
+    monday = datetime(2031, 6, 9, tzinfo=NEW_YORK).astimezone(UTC)
+    window = {"start_time": monday, "end_time": monday + timedelta(days=1), "practitioner_ids": [doctor]}
+    assert len((await desk.search(**window)).slots) == 3
+    await change(desk, schedule, '"1"', weekly_hours=[block(1, "09:00", "11:00")])
+    assert len((await desk.search(**window)).slots) == 7
