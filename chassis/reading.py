@@ -18,6 +18,7 @@ from sqlalchemy import (
     ARRAY,
     ClauseElement,
     ColumnElement,
+    Float,
     Integer,
     Select,
     TextClause,
@@ -486,6 +487,8 @@ class Statements:
             return lambda values: [str(value) for value in values]
         if isinstance(kind, EnumType) and isinstance(kind.enum_class, type) and issubclass(kind.enum_class, PythonEnum):
             return kind.enum_class.__members__.__getitem__
+        if isinstance(kind, Float):
+            return None  # the driver has it right already, and a processor would want to know of which kind it is
         convert: Process | None = kind._cached_result_processor(self._dialect, None)
         return convert
 

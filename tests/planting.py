@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from sqlalchemy import ARRAY, BigInteger, Boolean, DateTime, Enum, Integer, Uuid, insert
+from sqlalchemy import ARRAY, BigInteger, Boolean, DateTime, Enum, Float, Integer, Uuid, insert
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -73,7 +73,7 @@ def _value(column: Any, message: Descriptor | None) -> Any:
         return datetime.now(UTC).replace(microsecond=0) + timedelta(days=8)
     if isinstance(kind, Boolean):
         return False
-    if isinstance(kind, Integer | BigInteger):
+    if isinstance(kind, Integer | BigInteger | Float):
         return 1
     if field is not None and field.enum_type is not None:
         return next(value.name for value in field.enum_type.values if value.number)

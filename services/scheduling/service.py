@@ -11,6 +11,7 @@ from care.scheduling.v1 import (
     events_pb2,
     feeds_pb2,
     live_pb2,
+    measures_pb2,
     requests_pb2,
     series_pb2,
     stranded_pb2,
@@ -26,6 +27,8 @@ from services.scheduling.backfill import BackfillLoop
 from services.scheduling.clearing_work import CLEARINGS, clear_days
 from services.scheduling.directory import Base
 from services.scheduling.expiry import expire_holds
+from services.scheduling.nightly import EVERY_SECONDS as NIGHTLY_SECONDS
+from services.scheduling.nightly import take_measures
 from services.scheduling.reactions import OVERDUE, reactions, tell_overdue_requests
 from services.scheduling.servicer_appointments import AppointmentsServicer
 from services.scheduling.servicer_availability import AvailabilityServicer, AvailabilityViewsServicer
@@ -40,6 +43,7 @@ from services.scheduling.servicer_directory import (
 )
 from services.scheduling.servicer_feeds import CalendarFeedsServicer, CalendarLinksServicer
 from services.scheduling.servicer_live import ScheduleLiveServicer
+from services.scheduling.servicer_measures import MeasuresServicer
 from services.scheduling.servicer_requests import SchedulingPreferencesServicer, SchedulingRequestsServicer
 from services.scheduling.servicer_series import SeriesServicer
 from services.scheduling.servicer_stranded import StrandedAppointmentsServicer
@@ -76,6 +80,7 @@ SERVICE = Service(
         feeds_pb2.DESCRIPTOR.services_by_name["CalendarFeedsService"]: CalendarFeedsServicer(),
         feeds_pb2.DESCRIPTOR.services_by_name["CalendarLinksService"]: CalendarLinksServicer(),
         stranded_pb2.DESCRIPTOR.services_by_name["StrandedAppointmentsService"]: StrandedAppointmentsServicer(),
+        measures_pb2.DESCRIPTOR.services_by_name["MeasuresService"]: MeasuresServicer(),
     },
     payloads={
         "clinic": directory_pb2.Clinic,
@@ -87,6 +92,7 @@ SERVICE = Service(
         "hold": events_pb2.AppointmentEvent,
         "clearing": clearings_pb2.ClearingEvent,
         "clearing_visit": clearings_pb2.ClearingVisitEvent,
+        "measure": measures_pb2.Measure,
         "scheduling_request": requests_pb2.SchedulingRequestEvent,
         "series": series_pb2.SeriesEvent,
         "waitlist": waitlist_pb2.WaitlistEvent,
@@ -100,6 +106,7 @@ SERVICE = Service(
         Loop(CLEARINGS, clear_days, every=2.0),
         Loop(OVERDUE, tell_overdue_requests, every=5.0),
         BackfillLoop(),
+        Loop("measures", take_measures, every=NIGHTLY_SECONDS),
         Loop("old occupancy", delete_old_occupancy, every=EVERY_SECONDS),
     ),
     settings=SchedulingSettings,
