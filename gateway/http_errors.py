@@ -61,6 +61,7 @@ CONFLICTS: Final = frozenset(
         "HOLD_EXPIRED",
         "LETTER_NOT_SENT",
         "MANAGED_OUTSIDE",
+        "NOT_A_VIDEO_VISIT",
         "NOT_CLINIC_DAY",
         "NOT_ELIGIBLE",
         "NOT_LICENSED",

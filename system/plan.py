@@ -115,6 +115,8 @@ class Plan:
                 "bus_url": None if self.kafka else self.databases[topology.BUS_DATABASE],
                 "audit_checkpoint_file": self.folder / "audit" / f"{node.name}.jws",
             }
+        if node.name == "scheduling" and "CARE_VIDEO_PROVIDER" not in os.environ:
+            values["video_provider"] = "development"
         if node.name == "notifications":
             values |= self._providers()
         return {**values, **self.overrides.get("*", {}), **self.overrides.get(node.name, {})}

@@ -84,7 +84,7 @@ class Walk:
         request = directory_pb2.CreatePractitionerRequest(practitioner=practitioner)
         self.doctor = await self._make(PractitionersServiceStub, "CreatePractitioner", request)
         self.practitioner = await self._make(PractitionersServiceStub, "CreatePractitioner", request)
-        visit_type = directory_pb2.VisitType(code="audited", name="Audited", duration_minutes=30)
+        visit_type = directory_pb2.VisitType(code="audited", name="Audited", duration_minutes=30, overbooking_cap=3)
         self.visit_type = await self._make(
             VisitTypesServiceStub, "CreateVisitType", directory_pb2.CreateVisitTypeRequest(visit_type=visit_type)
         )
@@ -167,6 +167,8 @@ class Walk:
             values |= {"appointment_id": self.booked[-1], "hold_id": self.held}
         if rpc.method.name == "BookSchedulingRequest" and model.__name__ == "Appointment":
             values["status"] = "BOOKED"
+        if rpc.method.name == "GetVideoRoom":
+            values |= {"modality": "VIDEO"}
         if rpc.method.name in ("ArriveAppointment", "MarkNoShowAppointment"):
             values |= {"start_time": _ago(2), "end_time": _ago(1)}  # type: ignore[dict-item]
         return values

@@ -279,6 +279,8 @@ def test_the_shipped_limits_are_these() -> None:
             "no_show_grace": 900,
             "arrival_early": 7200,
             "walk_in": 900,
+            "video_timeout": 5,
+            "video_lease": 60,
             "occupancy_kept": 604_800,
             "waitlist_kept": 15_552_000,
             "backfill_every": 1,

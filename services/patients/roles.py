@@ -11,6 +11,7 @@ _SELF = {
     "self.read", "patients.read", "appointments.read", "availability.search", "timeline.read", "appointments.book",
     "appointments.write", "requests.read", "requests.ask", "waitlist.read", "waitlist.answer",
 }  # fmt: skip
+_JOIN = {"appointments.join"}
 _DESK = {"appointments.check_in", "appointments.late_arrival"}
 # Everybody who sees visits may follow them; by name, who may see what they are for.
 _FEEDS = {"feeds.write", "feeds.details"}
@@ -23,12 +24,15 @@ SHIPPED: dict[str, frozenset[str]] = {
     for name, permissions in {
         "coordinator": _WORK
         | _BOOK
-        | {*_DESK, "tasks.assign", "referrals.write", "referrals.triage", "patients.break_glass", "appointments.clear"},
+        | {
+            *_DESK, *_JOIN, "tasks.assign", "referrals.write", "referrals.triage", "patients.break_glass",
+            "appointments.clear",
+        },
         "scheduler": _WORK | _BOOK | {"appointments.overbook", "appointments.held_back", *_DESK},
         "front_desk": _WORK | _BOOK | _DESK,
-        "nurse": _WORK | _BOOK | {*_DESK, "patients.break_glass", "referrals.write"},
+        "nurse": _WORK | _BOOK | {*_DESK, *_JOIN, "patients.break_glass", "referrals.write"},
         "clinician": _WORK
-        | {*_DESK, "patients.break_glass", "referrals.write", "referrals.acknowledge"},
+        | {*_DESK, *_JOIN, "patients.break_glass", "referrals.write", "referrals.acknowledge"},
         "manager": _WORK
         | _BOOK
         | {
@@ -46,8 +50,8 @@ SHIPPED: dict[str, frozenset[str]] = {
             "self.read", "staff.read", "staff.write", "pools.read", "pools.write", "roles.write", "directory.read",
             "directory.write", "directory.import", "patients.import", "questionnaires.read", "questionnaires.write",
         },
-        "patient": _SELF,
-        "proxy": _SELF,
+        "patient": _SELF | _JOIN,
+        "proxy": _SELF | _JOIN,
     }.items()
 }  # fmt: skip
 

@@ -49,6 +49,7 @@ class Appointment(Living, Base):
         Index("appointment_by_clinic", "tenant_id", "clinic_id", "start_time", "id"),
         Index("appointment_by_practitioner", "tenant_id", "practitioner_id", "start_time", "id"),
         Index("appointment_by_series", "tenant_id", "series_id", postgresql_where=text("series_id IS NOT NULL")),
+        Index("appointment_video", "update_time", postgresql_where=text("video_stale")),
         Index("appointment_held", "hold_expire_time", postgresql_where=text("status = 'PENDING'")),
     )
     aggregate = "appointment"
@@ -101,6 +102,8 @@ class Appointment(Living, Base):
     comment: Mapped[str] = mapped_column(Text, default="")
     previous_appointment_id: Mapped[str | None] = mapped_column(Id)
     walk_in: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    # Of a video visit: its room doesn't follow it yet.
+    video_stale: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
     series_id: Mapped[str | None] = mapped_column(Id)
     series_number: Mapped[int | None] = mapped_column(BigInteger)
     series_start_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
@@ -109,6 +112,12 @@ class Appointment(Living, Base):
     interpreter_language: Mapped[str] = mapped_column(Text, default="", server_default=text("''"))
     # As it was when the time was promised; quotas count it.
     new_patient: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+
+    def move(self, action: str, *, reason_code: str = "", **extra: Any) -> None:
+        """As `Living.move`; a video visit's room has to follow."""
+        super().move(action, reason_code=reason_code, **extra)
+        if self.modality == "VIDEO" and self.status is not Status.PENDING:
+            self.video_stale = True
 
     # -- verbs ---------------------------------------------------------------------------------------------------------
 
@@ -137,10 +146,11 @@ class Appointment(Living, Base):
 
     def reschedule(self, overbooking_reason: str = "", **values: Any) -> None:
         """Move to another time or place. Who had confirmed had confirmed the old one."""
-        left, clinic = self.start_time, self.clinic_id
+        left, clinic, video = self.start_time, self.clinic_id, self.modality == "VIDEO"
         self.place(**values)
         self.move("reschedule", previous_start_time=left, previous_clinic_id=clinic)
         self.confirm_time = None
+        self.video_stale = self.video_stale or video
         self.history[-1]["previous_start_time"] = left.isoformat()
         if overbooking_reason:
             self.history[-1]["reason_code"] = overbooking_reason

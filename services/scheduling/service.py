@@ -15,6 +15,7 @@ from care.scheduling.v1 import (
     requests_pb2,
     series_pb2,
     stranded_pb2,
+    video_pb2,
     waitlist_pb2,
 )
 
@@ -30,6 +31,7 @@ from services.scheduling.expiry import expire_holds
 from services.scheduling.nightly import EVERY_SECONDS as NIGHTLY_SECONDS
 from services.scheduling.nightly import take_measures
 from services.scheduling.reactions import OVERDUE, reactions, tell_overdue_requests
+from services.scheduling.sending_video import keep_rooms
 from services.scheduling.servicer_appointments import AppointmentsServicer
 from services.scheduling.servicer_availability import AvailabilityServicer, AvailabilityViewsServicer
 from services.scheduling.servicer_board import DayBoardServicer
@@ -47,6 +49,7 @@ from services.scheduling.servicer_measures import MeasuresServicer
 from services.scheduling.servicer_requests import SchedulingPreferencesServicer, SchedulingRequestsServicer
 from services.scheduling.servicer_series import SeriesServicer
 from services.scheduling.servicer_stranded import StrandedAppointmentsServicer
+from services.scheduling.servicer_video import VideoRoomsServicer
 from services.scheduling.servicer_waitlist import WaitlistLinksServicer, WaitlistServicer
 from services.scheduling.settings import SchedulingSettings
 from services.scheduling.snapshot import Directories
@@ -71,6 +74,7 @@ SERVICE = Service(
         appointments_pb2.DESCRIPTOR.services_by_name["AppointmentsService"]: AppointmentsServicer(),
         board_pb2.DESCRIPTOR.services_by_name["DayBoardService"]: DayBoardServicer(),
         clearings_pb2.DESCRIPTOR.services_by_name["ClearingsService"]: ClearingsServicer(),
+        video_pb2.DESCRIPTOR.services_by_name["VideoRoomsService"]: VideoRoomsServicer(),
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingRequestsService"]: SchedulingRequestsServicer(),
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingPreferencesService"]: SchedulingPreferencesServicer(),
         series_pb2.DESCRIPTOR.services_by_name["SeriesService"]: SeriesServicer(),
@@ -107,6 +111,7 @@ SERVICE = Service(
         Loop(OVERDUE, tell_overdue_requests, every=5.0),
         BackfillLoop(),
         Loop("measures", take_measures, every=NIGHTLY_SECONDS),
+        Loop("video rooms", keep_rooms, every=1.0),
         Loop("old occupancy", delete_old_occupancy, every=EVERY_SECONDS),
     ),
     settings=SchedulingSettings,

@@ -1,6 +1,8 @@
 """What a deployment may set about booking."""
 
-from pydantic import Field
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
 
 from chassis.settings import Settings
 
@@ -40,3 +42,19 @@ class SchedulingSettings(Settings):
     """So long after days were closed one looks for visits that were booked at the same moment."""
     clearing_offer: float = 2 * 86400
     """How long another time is held for a visit that must move."""
+    video_provider: Literal["none", "daily", "development"] = "none"
+    """Who makes rooms for video visits; `development` makes links that lead nowhere, and is refused in production."""
+    video_url: str = "https://api.daily.co/v1"
+    video_key: str = Field(default="", repr=False)
+    video_timeout: float = 5
+    """For one call of the provider."""
+    video_lease: float = 60
+    """So long a room is in one replica's hands; longer than two calls of the provider."""
+
+    @model_validator(mode="after")
+    def _real_rooms(self) -> Self:
+        if self.video_provider == "development" and self.environment == "production":
+            raise ValueError("CARE_VIDEO_PROVIDER=development makes up links: not in production")
+        if self.video_provider == "daily" and not self.video_key:
+            raise ValueError("CARE_VIDEO_PROVIDER=daily needs CARE_VIDEO_KEY")
+        return self
