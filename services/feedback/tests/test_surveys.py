@@ -24,6 +24,7 @@ from chassis.errors import Problem, problem_from_rpc
 from chassis.ids import new_id
 from chassis.testing.harness import Harness
 from services.feedback.instruments import as_questionnaire
+from services.feedback.sending import LOOP
 from services.feedback.service import SERVICE
 
 CLINIC = new_id()
@@ -136,8 +137,10 @@ async def invitations(harness, patient_id, subject="quinn"):
     )
 
 
-async def invited(harness, patient_id, status="INVITED"):
+async def invited(harness, patient_id, status="INVITED", *, woken=False):
     async def found():
+        if woken:  # nobody waits for the next round of the loop
+            harness.servers["feedback"].runtime.loops[LOOP].wake()
         return [
             one
             for one in await invitations(harness, patient_id)
@@ -149,7 +152,7 @@ async def invited(harness, patient_id, status="INVITED"):
 
 async def asked(harness, patient_id, **more):
     await tell(harness, "appointment.fulfilled", patient_id, **more)
-    return await invited(harness, patient_id)
+    return await invited(harness, patient_id, woken=True)
 
 
 async def told(harness, patient_id):
