@@ -10,6 +10,8 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PYTHON  ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell command -v $(p) 2>/dev/null)))
 ARGS    ?=
+# Processes that test side by side (tools/lanes.py); ARGS=-n0 for one, as a debugger needs it.
+LANES   ?= 2
 SERVERS := postgres or kafka or integration or slow or soak
 
 # Images: make image SERVICE=scheduling [BASE=python:3.11-slim-bookworm] [TAG=dev] [FLAGS=...]
@@ -33,10 +35,10 @@ up: setup  ## Run the whole system on this machine (ARGS="--port 8080 --kafka")
 	@exec $(BIN)/care up $(ARGS)
 
 unit: setup  ## Tests that need no server (under 60 s)
-	@$(BIN)/pytest -q -m "not ($(SERVERS))" $(ARGS)
+	@$(BIN)/pytest -q -n $(LANES) -m "not ($(SERVERS))" $(ARGS)
 
 test: setup  ## All tests but images, bench, soak and cluster
-	@$(BIN)/pytest -q -m "not soak" $(ARGS)
+	@$(BIN)/pytest -q -n $(LANES) -m "not soak" $(ARGS)
 
 soak: setup  ## The long versions of kills and races
 	@$(BIN)/pytest -q -s -m soak $(ARGS)

@@ -505,9 +505,14 @@ async def main():
 asyncio.run(main())
 print(time.time())
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, ran.stderr
-    assert time.time() - float(ran.stdout.splitlines()[-1]) < 1.0
+    late = []
+    for _ in range(3):  # a machine may be busy just then; what holds up the end does so each time
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+        late.append(time.time() - float(ran.stdout.splitlines()[-1]))
+        if late[-1] < 1.0:
+            return
+    raise AssertionError(late)
 
 
 # -- real gRPC --------------------------------------------------------------------------------------------------------

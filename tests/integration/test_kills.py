@@ -57,6 +57,7 @@ async def practice() -> AsyncIterator[Practice]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 async def test_nothing_is_lost_or_done_twice_while_everything_is_killed(practice: Practice) -> None:
     await _lives_through(practice, 0.0)
 

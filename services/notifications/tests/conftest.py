@@ -361,7 +361,7 @@ class World:
             )
         self.server.runtime.loops["send"].wake()
 
-    async def message(self, about_id, *statuses, kind=None, seconds=30.0):
+    async def message(self, about_id, *statuses, kind=None, seconds=60.0):
         """The message about something, once it has one of these statuses."""
         until = time.monotonic() + seconds
         while True:

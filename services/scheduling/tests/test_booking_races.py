@@ -141,6 +141,7 @@ def fight(*what):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 async def test_64_clients_can_not_book_anything_twice(desk):
     visit = await desk.a_visit_type("fought-for", buffer_after_minutes=5, resource_kinds=["exam-room"])
     doctors = [await desk.a_practitioner(f"Doctor {number}") for number in range(PRACTITIONERS)]
