@@ -59,6 +59,7 @@ CONFLICTS: Final = frozenset(
         "FEED_LIMIT_REACHED",
         "HELD_BACK",
         "HOLD_EXPIRED",
+        "IN_SESSION",
         "LETTER_NOT_SENT",
         "MANAGED_OUTSIDE",
         "NOT_A_VIDEO_VISIT",
@@ -74,6 +75,7 @@ CONFLICTS: Final = frozenset(
         "PREVIOUS_STANDS",
         "QUOTA_REACHED",
         "SELF_SERVICE_TOO_LATE",
+        "SESSION_CLOSED",
         "TOO_EARLY",
     }
 )

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 from care.patients.v1 import staff_pb2
 from care.patients.v1.staff_pb2_grpc import PoolsServiceStub
-from care.scheduling.v1 import appointments_pb2, directory_pb2
+from care.scheduling.v1 import appointments_pb2, directory_pb2, sessions_pb2
 from care.scheduling.v1.appointments_pb2_grpc import AppointmentsServiceStub, AvailabilityServiceStub
 from care.scheduling.v1.directory_pb2_grpc import (
     ClinicsServiceStub,
@@ -21,6 +21,7 @@ from care.scheduling.v1.directory_pb2_grpc import (
     SchedulesServiceStub,
     VisitTypesServiceStub,
 )
+from care.scheduling.v1.sessions_pb2_grpc import SessionsServiceStub
 from google.protobuf.message import Message
 from sqlalchemy import text
 
@@ -62,6 +63,7 @@ class Walk:
         self.held = ""
         self.offers: list[str] = []
         self.booked: list[str] = []
+        self.sessions: list[str] = []
 
     async def go(self) -> None:
         harness = self.world.harness
@@ -106,6 +108,9 @@ class Walk:
             patient_id=patient_id, offer_token=self.offers.pop(0), hold_seconds=3600
         )
         self.held = await self._make(AppointmentsServiceStub, "HoldAppointment", hold, "booker")
+        session = sessions_pb2.CreateSessionRequest()
+        _session(session, "", self)
+        self.sessions.append(await self._make(SessionsServiceStub, "CreateSession", session, "booker"))
         # The directory reaches the other services by event.
         await asyncio.sleep(2)
 
@@ -169,6 +174,8 @@ class Walk:
             values["status"] = "BOOKED"
         if rpc.method.name == "GetVideoRoom":
             values |= {"modality": "VIDEO"}
+        if rpc.method.name == "EnrollSession":
+            values |= {"start_time": _ago(-24), "end_time": _ago(-25)}  # type: ignore[dict-item]
         if rpc.method.name in ("ArriveAppointment", "MarkNoShowAppointment"):
             values |= {"start_time": _ago(2), "end_time": _ago(1)}  # type: ignore[dict-item]
         return values
@@ -215,6 +222,17 @@ def _questionnaire(request: Any, _row_id: str, _walk: Walk) -> None:
         request.questionnaire.items[0].options.add(value=value)
 
 
+def _session(request: Any, _row_id: str, walk: Walk) -> None:
+    _set(request, name="Audited", visit_type_id=walk.visit_type, clinic_id=walk.clinic, practitioner_id=walk.doctor)
+    request.capacity = 2
+    request.start_time.FromDatetime(_ago(-24 * (40 + 10 * len(walk.sessions))))
+
+
+def _move_session(request: Any, _row_id: str, walk: Walk) -> None:
+    _set(request, id=walk.sessions[0], etag="", practitioner_id="")
+    request.start_time.FromDatetime(_ago(-24 * 70))
+
+
 def _series(request: Any, _row_id: str, walk: Walk) -> None:
     day = (datetime.now(UTC) + timedelta(days=30)).date()
     _set(request, visit_type_id=walk.visit_type, practitioner_id=walk.practitioner)
@@ -257,6 +275,9 @@ BY_HAND: dict[str, Callable[[Any, str, Walk], object]] = {
     "PreviewSeries": lambda request, row_id, walk: _series(request.series, row_id, walk),
     "RescheduleSeries": lambda request, _id, _walk: _set(request, scope=3, time="10:00"),
     "CancelSeries": lambda request, _id, _walk: _set(request, scope=3) or _set(request.reason, code="pat"),
+    "CreateSession": _session,
+    "RescheduleSession": _move_session,
+    "CancelSession": lambda request, _id, _walk: _set(request.reason, code="prov"),
     "BookSchedulingRequest": lambda request, row_id, _walk: _set(request, appointment_id=row_id),
     "CreateWaitlistEntry": lambda request, _id, walk: _set(request, visit_type_id=walk.visit_type),
     "GetWaitlistScore": lambda request, _id, _walk: _set(request, clinic_id=""),

@@ -6,8 +6,8 @@ import pytest
 
 from services.patients.reactions import SOURCES, reactions
 
-LEFT_OUT = {"appointment.held", "appointment.released"}
-"""Holds are no promise yet."""
+LEFT_OUT = {"appointment.held", "appointment.released", "appointment.waitlisted"}
+"""Holds and places on a waitlist are no promise yet."""
 
 
 @pytest.mark.parametrize("name", ["patients", "scheduling", "referrals", "notifications", "feedback"])

@@ -6,7 +6,14 @@ _READ = {
     "messages.read", "questionnaires.read", "surveys.read", "requests.read", "waitlist.read",
 }  # fmt: skip
 _WORK = _READ | {"patients.match", "contacts.write", "tasks.write", "consents.write", "patients.write", "requests.ask"}
-_BOOK = {"appointments.book", "appointments.write", "requests.work", "waitlist.answer", "waitlist.write"}
+_BOOK = {
+    "appointments.book",
+    "appointments.write",
+    "requests.work",
+    "waitlist.answer",
+    "waitlist.write",
+    "sessions.write",
+}
 _SELF = {
     "self.read", "patients.read", "appointments.read", "availability.search", "timeline.read", "appointments.book",
     "appointments.write", "requests.read", "requests.ask", "waitlist.read", "waitlist.answer",

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar
 from zoneinfo import ZoneInfo
 
-from sqlalchemy import BigInteger, DateTime, Index, Text, text
+from sqlalchemy import BigInteger, DateTime, Index, Text, UniqueConstraint, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -50,13 +50,16 @@ class Appointment(Living, Base):
         Index("appointment_by_practitioner", "tenant_id", "practitioner_id", "start_time", "id"),
         Index("appointment_by_series", "tenant_id", "series_id", postgresql_where=text("series_id IS NOT NULL")),
         Index("appointment_video", "update_time", postgresql_where=text("video_stale")),
+        UniqueConstraint("tenant_id", "session_id", "seat_no", name="appointment_seat_key"),
         Index("appointment_held", "hold_expire_time", postgresql_where=text("status = 'PENDING'")),
     )
     aggregate = "appointment"
     lifecycle = Lifecycle(
         ("hold", [], Status.PENDING, "held"),
         ("book", [], Status.BOOKED, "booked"),
+        ("wait", [], Status.WAITLIST, "waitlisted"),
         ("book", [Status.PENDING], Status.BOOKED, "booked"),
+        ("seat", [Status.WAITLIST], Status.BOOKED, "booked"),
         ("release", [Status.PENDING], Status.CANCELLED, "released"),
         ("expire", [Status.PENDING], Status.CANCELLED, "hold.expired"),
         ("reschedule", [Status.BOOKED], Status.BOOKED, "rescheduled"),
@@ -67,7 +70,7 @@ class Appointment(Living, Base):
         ("mark_no_show", [Status.BOOKED, Status.ARRIVED, Status.CHECKED_IN], Status.NOSHOW, "noshow"),
         (
             "cancel",
-            [Status.PENDING, Status.BOOKED, Status.ARRIVED, Status.CHECKED_IN],
+            [Status.PENDING, Status.BOOKED, Status.ARRIVED, Status.CHECKED_IN, Status.WAITLIST],
             Status.CANCELLED,
             "cancelled",
         ),
@@ -107,6 +110,8 @@ class Appointment(Living, Base):
     series_id: Mapped[str | None] = mapped_column(Id)
     series_number: Mapped[int | None] = mapped_column(BigInteger)
     series_start_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    session_id: Mapped[str | None] = mapped_column(Id)
+    seat_no: Mapped[int | None] = mapped_column(BigInteger)
     series_part: ClassVar[int] = 0
     """Of several visits of a series that the present act is about: which one; told with its event, not kept."""
     interpreter_language: Mapped[str] = mapped_column(Text, default="", server_default=text("''"))
@@ -143,6 +148,22 @@ class Appointment(Living, Base):
         self.participants = [{**one, "status": "ACCEPTED"} for one in self.participants]
         if overbooking_reason:
             self.history[-1]["reason_code"] = overbooking_reason
+
+    def wait(self) -> None:
+        """Stand on the waitlist of a session: nothing is taken yet."""
+        self.move("wait")
+        self.participants = [{**one, "status": "TENTATIVE"} for one in self.participants]
+
+    def seat(self, number: int) -> None:
+        """Move up from the waitlist."""
+        self.move("seat")
+        self.seat_no = number
+        self.participants = [{**one, "status": "ACCEPTED"} for one in self.participants]
+
+    def check_alone(self) -> None:
+        """Raises FailedPrecondition `IN_SESSION` for a seat of a session, which moves with its session only."""
+        if self.session_id is not None:
+            raise FailedPrecondition("IN_SESSION", "A seat moves with its session; give it back and take another one.")
 
     def reschedule(self, overbooking_reason: str = "", **values: Any) -> None:
         """Move to another time or place. Who had confirmed had confirmed the old one."""
@@ -208,7 +229,8 @@ class Appointment(Living, Base):
     def cancel(self, reason: dict[str, Any], now: datetime) -> None:
         """It won't take place. Raises Invalid `REASON_UNKNOWN`."""
         known = _known(reason)
-        promised = self.status is not Status.PENDING
+        promised = self.status not in (Status.PENDING, Status.WAITLIST)
+        self.seat_no = None
         self.move("cancel", reason_code=reason["code"])
         self.cancelation_reason = known
         self.late_cancel = promised and now > self.start_time - timedelta(hours=self.late_cancel_hours)
@@ -232,6 +254,7 @@ class Appointment(Living, Base):
     def enter_in_error(self) -> None:
         """It was made by mistake."""
         self.move("enter_in_error")
+        self.seat_no = None
 
     # -- what events and answers are made of ---------------------------------------------------------------------------
 

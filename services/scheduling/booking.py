@@ -327,7 +327,8 @@ class Chosen:
 
 async def numbers(db: AsyncSession, tenant_id: str, patient_id: str | None, place: Place) -> set[int]:
     """The numbers of all that a booking of this kind may take, whenever it is. Raises what `look` raises of the place."""
-    return {one.no for one in (await _find(db, tenant_id, patient_id, place, NOBODY)).candidates}
+    found = await _find(db, tenant_id, patient_id, place, NOBODY, at_any_hour=True)
+    return {one.no for one in found.candidates}
 
 
 async def look(
@@ -399,7 +400,7 @@ async def choose(
         elif not numbers <= locked:  # a room that has just been added: a second lock would be out of order
             raise LostRace(taken())
     if quotas:
-        await _keep_quotas(db, tenant_id, chosen.found, quotas, own)
+        await keep_quotas(db, tenant_id, chosen.found, quotas, own)
     if stale:
         freed += await end_expired(db, tenant_id, stale)
     return Chosen(chosen.found, chosen.lanes, freed, overbooks=bool(locked))
@@ -414,7 +415,9 @@ def _known(db: AsyncSession, patient_id: str) -> eligibility.Facts:
     return facts
 
 
-async def _find(db: AsyncSession, tenant_id: str, patient_id: str | None, place: Place, own: str) -> Found:
+async def _find(
+    db: AsyncSession, tenant_id: str, patient_id: str | None, place: Place, own: str, *, at_any_hour: bool = False
+) -> Found:
     """All that a booking must know, in one statement; whoever has no number yet gets one."""
     values = {
         "tenant": tenant_id,
@@ -446,7 +449,7 @@ async def _find(db: AsyncSession, tenant_id: str, patient_id: str | None, place:
     candidates = [
         Candidate(kind, ref_id, no, frozenset(live or ()), bool(stale), tuple(languages or ()))
         for kind, ref_id, no, live, stale, hours, changes, languages in row.candidates
-        if not (hours or changes) or _is_there(hours, changes, clinic, place, ends)
+        if at_any_hour or not (hours or changes) or _is_there(hours, changes, clinic, place, ends)
     ]
     return Found(
         place,
@@ -508,7 +511,7 @@ def _one_of_each(groups: Sequence[Sequence[Candidate]], cap: int) -> list[Candid
     return [by_id[ref_id] for ref_id in picked]
 
 
-async def _keep_quotas(
+async def keep_quotas(
     db: AsyncSession, tenant_id: str, found: Found, quotas: Sequence[tuple[Quota, Interval]], own: str
 ) -> None:
     """Raises FailedPrecondition `QUOTA_REACHED`. The practitioner's number is locked: what others took is seen."""

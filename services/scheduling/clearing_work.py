@@ -61,6 +61,7 @@ def affected(tenant_id: str, practitioner_id: str, windows: Windows) -> Any:
         Appointment.tenant_id == tenant_id,
         Appointment.practitioner_id == practitioner_id,
         Appointment.status.in_([Status.PENDING, Status.BOOKED]),
+        Appointment.session_id.is_(None),  # a seat moves with its session only
         # For the index; then by each clinic's own clock.
         Appointment.start_time >= min(begin for _, begin, _ in instants),
         Appointment.start_time < max(end for _, _, end in instants),

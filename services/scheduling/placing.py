@@ -42,7 +42,14 @@ class Looked:
 
 
 async def look_at_all(
-    db: AsyncSession, tenant_id: str, patient_id: str, wanted: Sequence[Wanted], now: datetime, *, lock: bool
+    db: AsyncSession,
+    tenant_id: str,
+    patient_id: str,
+    wanted: Sequence[Wanted],
+    now: datetime,
+    *,
+    lock: bool,
+    terms: booking.Terms = booking.STAFF,
 ) -> list[Looked]:
     """Look at each; with `lock` nobody that takes more than one time can come in between.
 
@@ -57,7 +64,7 @@ async def look_at_all(
         moving = [one.moving.id for one in wanted if one.moving is not None]
         locked |= set(await occupancy.numbers(db, tenant_id, *moving)) if moving else set()
         await occupancy.lock(db, sorted(locked))
-    found = [await _look(db, tenant_id, patient_id, one, now) for one in wanted]
+    found = [await _look(db, tenant_id, patient_id, one, now, terms) for one in wanted]
     for one in found:
         if lock and one.chosen is not None and not {each.no for each in one.chosen.spans} <= locked:
             raise LostRace(booking.taken())  # a room that has just been added: a second lock would be out of order
@@ -113,10 +120,15 @@ async def near(db: AsyncSession, tenant_id: str, patient_id: str, place: Place, 
     return slots[:_ALTERNATIVES]
 
 
-async def _look(db: AsyncSession, tenant_id: str, patient_id: str, wanted: Wanted, now: datetime) -> Looked:
+async def _look(
+    db: AsyncSession, tenant_id: str, patient_id: str, wanted: Wanted, now: datetime, terms: booking.Terms
+) -> Looked:
     try:
         moving = wanted.moving.id if wanted.moving is not None else ""
-        return Looked(wanted, await booking.look(db, tenant_id, patient_id, wanted.place, now, moving=moving))
+        chosen = await booking.look(db, tenant_id, patient_id, wanted.place, now, moving=moving, terms=terms)
+        if quotas := chosen.found.quotas():
+            await booking.keep_quotas(db, tenant_id, chosen.found, quotas, moving)
+        return Looked(wanted, chosen)
     except (AlreadyExists, FailedPrecondition) as problem:
         if problem.reason == "PATIENT_DECEASED":
             raise

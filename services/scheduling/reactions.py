@@ -13,7 +13,7 @@ from chassis.pipeline import Runtime
 from chassis.projections import keep_newer, keep_state
 from chassis.reactions import Reactions, need_own_transaction
 from chassis.timers import due
-from services.scheduling import occupancy
+from services.scheduling import occupancy, session
 from services.scheduling.appointment import DECEASED, Appointment, DeceasedPatient, PatientVersion, Status
 from services.scheduling.pools import Pool, pool_for
 from services.scheduling.scheduling_request import (
@@ -78,7 +78,7 @@ async def _stop_visits(patient: patients.PatientEvent, event: Event, db: AsyncSe
         .where(
             Appointment.tenant_id == event.tenant_id,
             Appointment.patient_id == patient.id,
-            Appointment.status.in_([Status.PENDING, Status.BOOKED]),
+            Appointment.status.in_([Status.PENDING, Status.BOOKED, Status.WAITLIST]),
             Appointment.start_time > now,
         )
         # Whoever has one in hand may wait for somebody who waits for this patient's row: then all is tried again.
@@ -87,6 +87,10 @@ async def _stop_visits(patient: patients.PatientEvent, event: Event, db: AsyncSe
     visits = list((await db.execute(ahead)).scalars())
     for visit in visits:
         visit.cancel(DECEASED, now)
+    sessions = [visit.session_id for visit in visits if visit.session_id is not None]
+    if sessions:
+        await db.flush()
+        await session.promote(db, event.tenant_id, sessions, now, wait=False)
     if visits:
         await occupancy.free(db, *((one.tenant_id, one.id) for one in visits))
     waiting = (

@@ -14,6 +14,7 @@ from care.scheduling.v1 import (
     measures_pb2,
     requests_pb2,
     series_pb2,
+    sessions_pb2,
     stranded_pb2,
     video_pb2,
     waitlist_pb2,
@@ -48,6 +49,7 @@ from services.scheduling.servicer_live import ScheduleLiveServicer
 from services.scheduling.servicer_measures import MeasuresServicer
 from services.scheduling.servicer_requests import SchedulingPreferencesServicer, SchedulingRequestsServicer
 from services.scheduling.servicer_series import SeriesServicer
+from services.scheduling.servicer_sessions import SessionsServicer
 from services.scheduling.servicer_stranded import StrandedAppointmentsServicer
 from services.scheduling.servicer_video import VideoRoomsServicer
 from services.scheduling.servicer_waitlist import WaitlistLinksServicer, WaitlistServicer
@@ -78,6 +80,7 @@ SERVICE = Service(
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingRequestsService"]: SchedulingRequestsServicer(),
         requests_pb2.DESCRIPTOR.services_by_name["SchedulingPreferencesService"]: SchedulingPreferencesServicer(),
         series_pb2.DESCRIPTOR.services_by_name["SeriesService"]: SeriesServicer(),
+        sessions_pb2.DESCRIPTOR.services_by_name["SessionsService"]: SessionsServicer(),
         live_pb2.DESCRIPTOR.services_by_name["ScheduleLiveService"]: ScheduleLiveServicer(),
         waitlist_pb2.DESCRIPTOR.services_by_name["WaitlistService"]: WaitlistServicer(),
         waitlist_pb2.DESCRIPTOR.services_by_name["WaitlistLinksService"]: WaitlistLinksServicer(),
@@ -99,6 +102,7 @@ SERVICE = Service(
         "measure": measures_pb2.Measure,
         "scheduling_request": requests_pb2.SchedulingRequestEvent,
         "series": series_pb2.SeriesEvent,
+        "session": sessions_pb2.SessionEvent,
         "waitlist": waitlist_pb2.WaitlistEvent,
     },
     reactions=reactions,
@@ -116,6 +120,7 @@ SERVICE = Service(
     ),
     settings=SchedulingSettings,
     reasons={
+        "appointment_seat_key": (AlreadyExists, "SESSION_FULL", "No place is left in this session."),
         "occupancy_taken": (AlreadyExists, "SLOT_TAKEN", "This time is taken; search for another one."),
         "waitlist_entry_open_key": (
             AlreadyExists,

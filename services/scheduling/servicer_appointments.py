@@ -15,7 +15,7 @@ from chassis.reading import Rows
 from chassis.rivals import Contest
 from chassis.signing import Signer
 from chassis.wire import enum_names, given_time, plain, to_proto, to_time
-from services.scheduling import booking, days, occupancy, offers, policies, walkins
+from services.scheduling import booking, days, occupancy, offers, policies, session, walkins
 from services.scheduling.appointment import Appointment, Status
 from services.scheduling.directory import Clinic, VisitType
 from services.scheduling.offers import Place
@@ -128,6 +128,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
         appointment = await call.get(Appointment, request.id, etag=request.etag)
         # Before any resource is locked: one in another status holds up nobody.
         appointment.lifecycle.arrow("reschedule", appointment.status)
+        appointment.check_alone()
         if request.offer_token:
             place = _offered(request.offer_token, call)
         else:
@@ -135,7 +136,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
         if place.visit_type_id != appointment.visit_type_id:
             raise Invalid("OFFER_INVALID", "The offer is for another visit type.", field="offer_token")
         place = place._replace(interpreter_language=place.interpreter_language or appointment.interpreter_language)
-        await _self_service(call, "reschedule", appointment)
+        await check_self_service(call, "reschedule", appointment)
         overbooking = _overbooking(request, call)
         terms = booking.Terms(is_self_service(call), _held_back(request, call))
         chosen = await _choose(call, appointment.patient_id, place, overbooking, moving=appointment, terms=terms)
@@ -176,7 +177,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
 
     async def CancelAppointment(self, request: pb.CancelAppointmentRequest, call: Call) -> pb.Appointment:
         appointment = await call.get(Appointment, request.id, etag=request.etag)
-        await _self_service(call, "cancel", appointment)
+        await check_self_service(call, "cancel", appointment)
         appointment.cancel(plain(request.reason), call.now)
         return await _freed(call, appointment)
 
@@ -201,6 +202,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
             .among(Appointment.practitioner_id, request.practitioner_ids)
             .among(Appointment.status, enum_names(pb.Appointment.Status, request.statuses))
             .among(Appointment.series_id, request.series_ids)
+            .among(Appointment.session_id, request.session_ids)
             .since(Appointment.start_time, given_time(request, "start_time_from"))
             .before(Appointment.start_time, given_time(request, "start_time_before"))
         )
@@ -266,7 +268,7 @@ def is_self_service(call: Call) -> bool:
     return call.caller.kind in ("patient", "related")
 
 
-async def _self_service(call: Call, verb: str, appointment: Appointment) -> None:
+async def check_self_service(call: Call, verb: str, appointment: Appointment) -> None:
     """Raises what `policies.check` does where a patient may not do this without staff, or no longer."""
     if not is_self_service(call):
         return
@@ -359,6 +361,9 @@ async def _answer(call: Call, appointment: Appointment) -> pb.Appointment:
 
 
 async def _freed(call: Call, appointment: Appointment) -> pb.Appointment:
+    if appointment.session_id is not None:
+        await call.db.flush()  # the seat is given back before it is given away
+        await session.promote(call.db, appointment.tenant_id, [appointment.session_id], call.now)
     await occupancy.free(call.db, (appointment.tenant_id, appointment.id))
     return await _answer(call, appointment)
 

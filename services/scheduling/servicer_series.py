@@ -16,13 +16,13 @@ from chassis.errors import FailedPrecondition, Invalid
 from chassis.ids import new_id
 from chassis.reading import Rows
 from chassis.wire import enum_names, plain, to_proto
-from services.scheduling import occupancy, offers, recurrence
+from services.scheduling import booking, occupancy, offers, recurrence
 from services.scheduling.appointment import Appointment
 from services.scheduling.directory import Clinic
 from services.scheduling.offers import Place
 from services.scheduling.placing import Looked, Wanted, look_at_all, near, take_all
 from services.scheduling.series import Scope, Series, anchor, following, local, touched
-from services.scheduling.servicer_appointments import offer_signer
+from services.scheduling.servicer_appointments import check_self_service, is_self_service, offer_signer
 
 _START = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}")
 _WITH_ALTERNATIVES = 12
@@ -77,11 +77,18 @@ class SeriesServicer(SeriesServiceServicer):
         if scope is not Scope.THIS:
             series.lifecycle.arrow("reschedule", series.status)
         chosen = touched(series, visits, scope, begin, call.now, exceptions=request.include_exceptions)
+        await _check_self_service(call, "reschedule", chosen)
         zone = await _zone(call, request.clinic_id) if request.clinic_id else series.time_zone
         move = _Move(request, series, zone, alone=scope is Scope.THIS)
         wanted = [Wanted(visit.series_number or 0, move.place(visit), visit) for visit in chosen]
         looked = await look_at_all(
-            call.db, call.tenant_id, series.patient_id, wanted, call.now, lock=not request.validate_only
+            call.db,
+            call.tenant_id,
+            series.patient_id,
+            wanted,
+            call.now,
+            lock=not request.validate_only,
+            terms=booking.Terms(is_self_service(call)),
         )
         if request.validate_only or not looked or any(one.chosen is None for one in looked):
             return await _report(call, series.patient_id, looked, [])
@@ -107,6 +114,7 @@ class SeriesServicer(SeriesServiceServicer):
         visits = await _visits(call, series)
         begin = anchor(visits, scope, request.appointment_id, call.now)
         chosen = touched(series, visits, scope, begin, call.now, exceptions=not request.keep_exceptions)
+        await _check_self_service(call, "cancel", chosen)
         reason = plain(request.reason)
         for part, visit in enumerate(chosen, 1):
             visit.series_part = part if len(chosen) > 1 else 0
@@ -246,7 +254,8 @@ async def _looked_up(
             if place.visit_type_id != request.visit_type_id:
                 raise Invalid("OFFER_INVALID", "The offer is for another visit type.", field="choices.offer_token")
         (skipped if choices.get(number) == "" else wanted).append(Wanted(number, place, local=at))
-    looked = await look_at_all(call.db, call.tenant_id, request.patient_id, wanted, call.now, lock=lock)
+    terms = booking.Terms(is_self_service(call), referral=any(one.type == "Referral" for one in request.based_on))
+    looked = await look_at_all(call.db, call.tenant_id, request.patient_id, wanted, call.now, lock=lock, terms=terms)
     series = Series(
         tenant_id=call.tenant_id,
         id=new_id(),
@@ -259,6 +268,12 @@ async def _looked_up(
         time_zone=zone,
     )
     return series, looked, skipped
+
+
+async def _check_self_service(call: Call, verb: str, visits: Sequence[Appointment]) -> None:
+    """A patient may do with several visits what may be done with the first of them, which is the soonest."""
+    if visits:
+        await check_self_service(call, verb, min(visits, key=lambda visit: visit.start_time))
 
 
 async def _visits(call: Call, series: Series) -> list[Appointment]:

@@ -380,7 +380,7 @@ END $$
 """
 _FREED_BY = """
 CREATE TRIGGER waitlist_freed AFTER UPDATE ON appointment FOR EACH ROW
-WHEN (OLD.status IN ('PENDING', 'BOOKED', 'ARRIVED', 'CHECKED_IN') AND (
+WHEN (OLD.session_id IS NULL AND OLD.status IN ('PENDING', 'BOOKED', 'ARRIVED', 'CHECKED_IN') AND (
   NEW.status IN ('CANCELLED', 'ENTERED_IN_ERROR')
   OR OLD.start_time <> NEW.start_time OR OLD.end_time <> NEW.end_time
   OR OLD.practitioner_id <> NEW.practitioner_id OR OLD.clinic_id <> NEW.clinic_id))

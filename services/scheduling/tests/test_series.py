@@ -60,10 +60,10 @@ class SeriesDesk:
         return sorted(found, key=lambda one: one.series_number)
 
     async def counts(self):
-        """Rows of all that a booking writes."""
+        """Rows of all that a booking keeps."""
         return [
             (await self.desk.sql(f"SELECT count(*) FROM {table}"))[0][0]
-            for table in ("series", "appointment", "occupancy", "outbox")
+            for table in ("series", "appointment", "occupancy")
         ]
 
     async def somebody(self, rule="FREQ=WEEKLY;COUNT=6", at="09:00", first=None):

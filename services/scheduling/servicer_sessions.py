@@ -1,0 +1,177 @@
+"""Group sessions over gRPC."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from care.scheduling.v1 import appointments_pb2
+from care.scheduling.v1 import sessions_pb2 as pb
+from care.scheduling.v1.sessions_pb2_grpc import SessionsServiceServicer
+from sqlalchemy import select
+
+from chassis.call import Call
+from chassis.errors import AlreadyExists, FailedPrecondition, Invalid, LostRace
+from chassis.ids import new_id
+from chassis.reading import Rows
+from chassis.wire import enum_names, given_time, plain, to_proto, to_time
+from services.scheduling import booking, occupancy, policies, session
+from services.scheduling.appointment import Appointment, DeceasedPatient, Status
+from services.scheduling.directory import VisitType
+from services.scheduling.occupancy import Taking
+from services.scheduling.offers import Place
+from services.scheduling.servicer_appointments import is_self_service
+from services.scheduling.session import Session
+
+
+class SessionsServicer(SessionsServiceServicer):
+    """Classes and groups."""
+
+    async def CreateSession(self, request: pb.CreateSessionRequest, call: Call) -> pb.Session:
+        start = _whole(to_time(request.start_time))
+        place = Place(request.visit_type_id, request.clinic_id, request.practitioner_id, int(start.timestamp()))
+        made = Session(
+            tenant_id=call.tenant_id, id=new_id(), name=request.name, capacity=request.capacity,
+            waitlist_size=request.waitlist_size,
+        )  # fmt: skip
+        chosen = await booking.choose(call.db, call.tenant_id, None, place, call.now)  # type: ignore[arg-type]
+        made.place(chosen.values())
+        made.schedule()
+        call.db.add(made)
+        await call.db.flush()
+        if await occupancy.take(
+            call.db, call.tenant_id, made.id, chosen.spans, patient_id=booking.NOBODY, freed=chosen.freed
+        ):
+            raise LostRace(booking.taken())
+        return await _shown(call, made)
+
+    async def EnrollSession(self, request: pb.EnrollSessionRequest, call: Call) -> appointments_pb2.Appointment:
+        await call.subject(request.patient_id)
+        found = await call.get(Session, request.id, etag=request.etag)
+        found.check_open(call.now)
+        if is_self_service(call):
+            kinds = select(VisitType.self_booking).where(
+                VisitType.tenant_id == call.tenant_id, VisitType.id == found.visit_type_id
+            )
+            policy = (await call.db.execute(kinds)).scalar_one_or_none()
+            policies.check("book", policy, int(found.start_time.timestamp()), int(call.now.timestamp()))
+        dead = select(DeceasedPatient).where(
+            DeceasedPatient.tenant_id == call.tenant_id, DeceasedPatient.patient_id == request.patient_id
+        )
+        if (await call.db.execute(dead)).first() is not None:
+            raise FailedPrecondition("PATIENT_DECEASED", "Nothing is booked for somebody who has died.")
+        own = select(Appointment.id).where(
+            Appointment.tenant_id == call.tenant_id,
+            Appointment.session_id == found.id,
+            Appointment.patient_id == request.patient_id,
+            Appointment.status.not_in([Status.CANCELLED, Status.ENTERED_IN_ERROR]),
+        )
+        if (await call.db.execute(own)).first() is not None:
+            raise AlreadyExists("ALREADY_ENROLLED", "The patient has a place in this session.")
+        appointment = Appointment(
+            tenant_id=call.tenant_id, id=new_id(), patient_id=request.patient_id, session_id=found.id
+        )
+        appointment.place(**found.values(request.patient_id))
+        appointment.seat_no = await session.seat(call.db, found)
+        if appointment.seat_no is None:
+            _, waiting = (await session.counts(call.db, call.tenant_id, [found.id])).get(found.id, (0, 0))
+            if not request.join_waitlist or waiting >= found.waitlist_size:
+                raise session.full()
+            appointment.wait()
+        else:
+            appointment.book()
+        call.db.add(appointment)
+        await call.db.flush()
+        if appointment.seat_no is not None and not await session.take(call.db, found, appointment):
+            raise booking.busy()
+        return to_proto(appointment, appointments_pb2.Appointment)
+
+    async def RescheduleSession(self, request: pb.RescheduleSessionRequest, call: Call) -> pb.Session:
+        found, there = await _whole_session(call, request.id, request.etag)
+        start = _whole(to_time(request.start_time)) if request.HasField("start_time") else found.start_time
+        place = Place(
+            found.visit_type_id, found.clinic_id, request.practitioner_id or found.practitioner_id, int(start.timestamp())
+        )  # fmt: skip
+        seated = [one for one in there if one.status is not Status.WAITLIST]
+        numbers = await booking.numbers(call.db, call.tenant_id, None, place)
+        numbers |= set(await occupancy.numbers(call.db, call.tenant_id, found.id, *(one.id for one in seated)))
+        of_patients = {one.id: await session.number(call.db, call.tenant_id, one.patient_id) for one in seated}
+        await occupancy.lock(call.db, sorted(numbers | set(of_patients.values())))
+        chosen = await booking.look(call.db, call.tenant_id, None, place, call.now, moving=found.id)
+        found.reschedule(chosen.values())
+        for one in there:
+            values = found.values(one.patient_id)
+            if one.status is Status.WAITLIST:
+                one.place(**values)
+            else:
+                one.reschedule(**values)
+        await call.db.flush()
+        takings = [Taking(found.id, booking.NOBODY, span) for span in chosen.spans]
+        takings += [Taking(one.id, one.patient_id, found.span(of_patients[one.id])) for one in seated]
+        ended = await booking.end_expired(call.db, call.tenant_id, chosen.stale) if chosen.stale else []
+        freed = [found.id, *(one.id for one in seated), *ended]
+        missing = await occupancy.take_all(call.db, call.tenant_id, takings, freed=freed)
+        if any(holder == found.id for holder, _ in missing):
+            raise LostRace(booking.taken())
+        if missing:
+            raise AlreadyExists(
+                "PATIENT_BUSY", "Participants have other visits at this time.", patients=str(len(missing))
+            )
+        return await _shown(call, found)
+
+    async def CancelSession(self, request: pb.CancelSessionRequest, call: Call) -> pb.Session:
+        found, there = await _whole_session(call, request.id, request.etag)
+        for one in there:
+            one.cancel(plain(request.reason), call.now)
+        found.cancel(request.reason.code)
+        await call.db.flush()
+        await occupancy.free(call.db, *((call.tenant_id, one.id) for one in [found, *there]))
+        return await _shown(call, found)
+
+    async def GetSession(self, request: pb.GetSessionRequest, call: Call) -> pb.Session:
+        return await _shown(call, await call.get(Session, request.id))
+
+    async def ListSessions(self, request: pb.ListSessionsRequest, call: Call) -> pb.ListSessionsResponse:
+        wanted = (
+            Rows(Session)
+            .among(Session.clinic_id, request.clinic_ids)
+            .among(Session.visit_type_id, request.visit_type_ids)
+            .among(Session.status, enum_names(pb.Session.Status, request.statuses))
+            .since(Session.start_time, given_time(request, "start_time_from"))
+            .before(Session.start_time, given_time(request, "start_time_before"))
+        )
+        rows, following = await call.page(wanted, request, Session.start_time, Session.id)
+        return pb.ListSessionsResponse(sessions=await _all_shown(call, rows), next_page_token=following)
+
+
+async def _whole_session(call: Call, session_id: str, etag: str) -> tuple[Session, list[Appointment]]:
+    """A session that is open, and all that stand in it: their rows locked first, by id, then the session's.
+
+    Whoever came in between is not waited for while the session is locked: then all is tried once more.
+    """
+    there = await session.participants(call.db, call.tenant_id, session_id)
+    found = await call.get(Session, session_id, etag=etag)
+    found.check_open(call.now)
+    enrolled, waiting = (await session.counts(call.db, call.tenant_id, [found.id])).get(found.id, (0, 0))
+    past = [one for one in there if one.status is Status.WAITLIST or one.seat_no is not None]
+    if len(past) != enrolled + waiting:
+        raise LostRace(FailedPrecondition("SESSION_CLOSED", "Somebody is joining or leaving; try again."))
+    call.saw(*(one.patient_id for one in there))
+    return found, there
+
+
+async def _shown(call: Call, found: Session) -> pb.Session:
+    return (await _all_shown(call, [found]))[0]
+
+
+async def _all_shown(call: Call, rows: Sequence[Session]) -> list[pb.Session]:
+    known = await session.counts(call.db, call.tenant_id, [one.id for one in rows]) if rows else {}
+    shown = []
+    for one in rows:
+        enrolled, waiting = known.get(one.id, (0, 0))
+        shown.append(to_proto(one, pb.Session, enrolled=enrolled, waiting=waiting))
+    return shown
+
+
+def _whole(start: datetime) -> datetime:
+    if start.microsecond:
+        raise Invalid("START_INVALID", "A start is a whole second.", field="start_time")
+    return start
