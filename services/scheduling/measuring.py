@@ -57,8 +57,8 @@ async def waits(db: AsyncSession, clinic: Clinic, visit_type_ids: Sequence[str] 
     if visit_type_ids:
         query = query.where(VisitType.id.in_(visit_type_ids))
     staff = await staffing(db, clinic)
-    # Beyond what is ever searched: cut there, whatever the clocks say.
-    horizon = int(datetime.now(UTC).timestamp()) + (DAYS_AT_MOST + 1) * _DAY
+    # As far ahead as a search may look.
+    horizon = int(datetime.now(UTC).timestamp()) + DAYS_AT_MOST * _DAY
     found = {}
     for visit_type in (await db.execute(query)).scalars():
         thirds, now = [], 0
