@@ -264,6 +264,17 @@ class Call:
         if not await self._seen([patient_id]):
             raise NeedSubject([patient_id], stale=self._unsure())
 
+    async def has_staff(self, staff_id: str) -> bool:
+        """Whether the tenant has this staff, active. Work may be given to colleagues whom the caller doesn't share a patient with."""
+        principal = self.runtime.access.tables.principal
+        query = select(principal.c.id).where(
+            principal.c.tenant_id == self.tenant_id,
+            principal.c.kind == "STAFF",
+            principal.c.principal_id == staff_id,
+            principal.c.active,
+        )
+        return (await self.db.execute(query)).first() is not None
+
     async def _seen(self, patient_ids: Sequence[str]) -> set[str]:
         """Those of these patients whose records the caller may see."""
         self._refuse_link()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, TypeVar
+from typing import Any, Final, cast
 from urllib.parse import quote
 
 from care.audit.v1 import audit_pb2
@@ -26,7 +26,6 @@ from gateway.codec import Codec, descriptor_of
 
 Json = dict[str, Any]
 Aggregate = Callable[[Any, str], Awaitable[Json]]
-M = TypeVar("M", bound=Message)
 
 SERVICES: Final = ("patients", "scheduling", "referrals", "notifications", "feedback")
 _SECTION: Final = 10
@@ -56,6 +55,26 @@ class Away:
         return self.problem.code is not StatusCode.PERMISSION_DENIED
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One leg: which read of which service, and what it answers."""
+
+    service: str
+    method: str
+    request: Message
+    answer: type[Message]
+
+    @classmethod
+    def appointments(cls, **wanted: Any) -> Ask:
+        """A section's worth of a patient's visits."""
+        return cls(
+            "scheduling",
+            "care.scheduling.v1.AppointmentsService/ListAppointments",
+            appointments_pb2.ListAppointmentsRequest(page_size=_SECTION, **wanted),
+            appointments_pb2.ListAppointmentsResponse,
+        )
+
+
 class Summaries:
     """Serves `care.gateway.v1.SummariesService`; `timeout` is the seconds that a leg may take."""
 
@@ -71,191 +90,130 @@ class Summaries:
 
     async def get_patient_summary(self, request: gateway_pb2.GetPatientSummaryRequest, token: str) -> Json:
         """PatientSummary as JSON. Raises what `GetPatient` raises; Unavailable `PATIENTS_UNAVAILABLE` without patients."""
-        patient_id = request.id
-        now = Timestamp()
-        now.FromDatetime(datetime.now(UTC))
-
-        def leg(service: str, method: str, asked: Message, kind: type[M]) -> asyncio.Task[M | Away]:
-            return asyncio.create_task(self._leg(service, method, asked, kind, token))
-
-        patient = leg(
-            "patients",
-            "care.patients.v1.PatientsService/GetPatient",
-            patients_pb2.GetPatientRequest(id=patient_id),
-            patients_pb2.Patient,
+        patient_id, now = request.id, _timestamp(datetime.now(UTC))
+        sections, link = await self._about(
+            patient_id,
+            token,
+            {
+                "upcoming": _upcoming(patient_id, now),
+                "past": Ask.appointments(patient_ids=[patient_id], start_time_before=now, descending=True),
+                "referrals": _open_referrals(patient_id),
+                "messages": Ask(
+                    "notifications",
+                    "care.notifications.v1.MessagesService/ListMessages",
+                    notifications_pb2.ListMessagesRequest(patient_ids=[patient_id], page_size=_SECTION),
+                    notifications_pb2.ListMessagesResponse,
+                ),
+                "invitations": Ask(
+                    "feedback",
+                    "care.feedback.v1.SurveyInvitationsService/ListSurveyInvitations",
+                    feedback_pb2.ListSurveyInvitationsRequest(patient_ids=[patient_id], page_size=_SECTION),
+                    feedback_pb2.ListSurveyInvitationsResponse,
+                ),
+                "responses": Ask(
+                    "feedback",
+                    "care.feedback.v1.QuestionnaireResponsesService/ListQuestionnaireResponses",
+                    feedback_pb2.ListQuestionnaireResponsesRequest(patient_ids=[patient_id], page_size=_SECTION),
+                    feedback_pb2.ListQuestionnaireResponsesResponse,
+                ),
+                "tasks": Ask(
+                    "patients",
+                    "care.patients.v1.TasksService/ListTasks",
+                    tasks_pb2.ListTasksRequest(patient_id=patient_id, include_snoozed=True, page_size=_SECTION),
+                    tasks_pb2.ListTasksResponse,
+                ),
+            },
         )
-        tasks = leg(
-            "patients",
-            "care.patients.v1.TasksService/ListTasks",
-            tasks_pb2.ListTasksRequest(patient_id=patient_id, include_snoozed=True, page_size=_SECTION),
-            tasks_pb2.ListTasksResponse,
-        )
-        appointments = "care.scheduling.v1.AppointmentsService/ListAppointments"
-        upcoming = leg(
-            "scheduling",
-            appointments,
-            appointments_pb2.ListAppointmentsRequest(
-                patient_ids=[patient_id], statuses=_UPCOMING, start_time_from=now, page_size=_SECTION
-            ),
-            appointments_pb2.ListAppointmentsResponse,
-        )
-        past = leg(
-            "scheduling",
-            appointments,
-            appointments_pb2.ListAppointmentsRequest(
-                patient_ids=[patient_id], start_time_before=now, descending=True, page_size=_SECTION
-            ),
-            appointments_pb2.ListAppointmentsResponse,
-        )
-        referrals = leg(
-            "referrals",
-            "care.referrals.v1.ReferralsService/ListReferrals",
-            referrals_pb2.ListReferralsRequest(patient_ids=[patient_id], open=True, page_size=_SECTION),
-            referrals_pb2.ListReferralsResponse,
-        )
-        messages = leg(
-            "notifications",
-            "care.notifications.v1.MessagesService/ListMessages",
-            notifications_pb2.ListMessagesRequest(patient_ids=[patient_id], page_size=_SECTION),
-            notifications_pb2.ListMessagesResponse,
-        )
-        invitations = leg(
-            "feedback",
-            "care.feedback.v1.SurveyInvitationsService/ListSurveyInvitations",
-            feedback_pb2.ListSurveyInvitationsRequest(patient_ids=[patient_id], page_size=_SECTION),
-            feedback_pb2.ListSurveyInvitationsResponse,
-        )
-        responses = leg(
-            "feedback",
-            "care.feedback.v1.QuestionnaireResponsesService/ListQuestionnaireResponses",
-            feedback_pb2.ListQuestionnaireResponsesRequest(patient_ids=[patient_id], page_size=_SECTION),
-            feedback_pb2.ListQuestionnaireResponsesResponse,
-        )
-        legs = (patient, tasks, upcoming, past, referrals, messages, invitations, responses)
-        try:
-            who = await patient
-            if isinstance(who, Away):
-                raise _without_patients(who.problem)
-            await asyncio.gather(*legs)
-        finally:
-            for each in legs:
-                each.cancel()
-
-        sections = _Sections(self._codec)
-        sections.answer["patient"] = sections.encode(who)
-        link = quote(patient_id)
         sections.add(
             "appointments",
             f"/v1/appointments?patientIds={link}",
-            {"upcoming": (upcoming.result(), "appointments"), "past": (past.result(), "appointments")},
+            {"upcoming": ("upcoming", "appointments"), "past": ("past", "appointments")},
         )
-        sections.add(
-            "referrals", f"/v1/referrals?patientIds={link}&open=true", {"open": (referrals.result(), "referrals")}
-        )
-        sections.add("messages", f"/v1/messages?patientIds={link}", {"latest": (messages.result(), "messages")})
+        sections.add("referrals", f"/v1/referrals?patientIds={link}&open=true", {"open": ("referrals", "referrals")})
+        sections.add("messages", f"/v1/messages?patientIds={link}", {"latest": ("messages", "messages")})
         sections.add(
             "feedback",
             f"/v1/questionnaireResponses?patientIds={link}",
-            {
-                "invitations": (invitations.result(), "invitations"),
-                "responses": (responses.result(), "responses"),
-            },
+            {"invitations": ("invitations", "invitations"), "responses": ("responses", "responses")},
         )
-        sections.add("tasks", f"/v1/tasks?patientId={link}&includeSnoozed=true", {"open": (tasks.result(), "tasks")})
+        sections.add("tasks", f"/v1/tasks?patientId={link}&includeSnoozed=true", {"open": ("tasks", "tasks")})
         return sections.done()
 
     async def get_call_sheet(self, request: gateway_pb2.GetCallSheetRequest, token: str) -> Json:
         """CallSheet as JSON. Raises as the summary does."""
-        patient_id = request.id
-        now, year = Timestamp(), Timestamp()
-        now.FromDatetime(datetime.now(UTC))
-        year.FromDatetime(datetime.now(UTC) - _MISSED_WITHIN)
+        patient_id, now = request.id, datetime.now(UTC)
+        sections, link = await self._about(
+            patient_id,
+            token,
+            {
+                "upcoming": _upcoming(patient_id, _timestamp(now)),
+                "missed": Ask.appointments(
+                    patient_ids=[patient_id],
+                    statuses=[_STATUS.NOSHOW],
+                    start_time_from=_timestamp(now - _MISSED_WITHIN),
+                    descending=True,
+                ),
+                "referrals": _open_referrals(patient_id),
+                "requests": Ask(
+                    "scheduling",
+                    "care.scheduling.v1.SchedulingRequestsService/ListSchedulingRequests",
+                    requests_pb2.ListSchedulingRequestsRequest(patient_ids=[patient_id], open=True, page_size=_SECTION),
+                    requests_pb2.ListSchedulingRequestsResponse,
+                ),
+                "waits": Ask(
+                    "scheduling",
+                    "care.scheduling.v1.WaitlistService/ListWaitlistEntries",
+                    waitlist_pb2.ListWaitlistEntriesRequest(
+                        patient_ids=[patient_id], statuses=_WAITS, page_size=_SECTION
+                    ),
+                    waitlist_pb2.ListWaitlistEntriesResponse,
+                ),
+                "preferences": Ask(
+                    "scheduling",
+                    "care.scheduling.v1.SchedulingPreferencesService/GetSchedulingPreferences",
+                    requests_pb2.GetSchedulingPreferencesRequest(patient_id=patient_id),
+                    requests_pb2.SchedulingPreferences,
+                ),
+            },
+        )
+        sections.add(
+            "appointments",
+            f"/v1/appointments?patientIds={link}",
+            {"upcoming": ("upcoming", "appointments"), "missed": ("missed", "appointments")},
+        )
+        sections.add("referrals", f"/v1/referrals?patientIds={link}&open=true", {"open": ("referrals", "referrals")})
+        sections.add(
+            "requests",
+            f"/v1/schedulingRequests?patientIds={link}&open=true",
+            {"open": ("requests", "scheduling_requests")},
+        )
+        sections.add("waitlist", f"/v1/waitlistEntries?patientIds={link}", {"open": ("waits", "waitlist_entries")})
+        sections.put("preferences")
+        return sections.done()
 
-        def leg(service: str, method: str, asked: Message, kind: type[M]) -> asyncio.Task[M | Away]:
-            return asyncio.create_task(self._leg(service, method, asked, kind, token))
+    async def _about(self, patient_id: str, token: str, asks: Mapping[str, Ask]) -> tuple[_Sections, str]:
+        """The sections of an answer about a patient, begun with the patient, and the id as links have it.
 
-        appointments = "care.scheduling.v1.AppointmentsService/ListAppointments"
-        patient = leg(
+        Raises what `GetPatient` raises; Unavailable `PATIENTS_UNAVAILABLE`.
+        """
+        who = Ask(
             "patients",
             "care.patients.v1.PatientsService/GetPatient",
             patients_pb2.GetPatientRequest(id=patient_id),
             patients_pb2.Patient,
         )
-        upcoming = leg(
-            "scheduling",
-            appointments,
-            appointments_pb2.ListAppointmentsRequest(
-                patient_ids=[patient_id], statuses=_UPCOMING, start_time_from=now, page_size=_SECTION
-            ),
-            appointments_pb2.ListAppointmentsResponse,
-        )
-        missed = leg(
-            "scheduling",
-            appointments,
-            appointments_pb2.ListAppointmentsRequest(
-                patient_ids=[patient_id],
-                statuses=[_STATUS.NOSHOW],
-                start_time_from=year,
-                descending=True,
-                page_size=_SECTION,
-            ),
-            appointments_pb2.ListAppointmentsResponse,
-        )
-        referrals = leg(
-            "referrals",
-            "care.referrals.v1.ReferralsService/ListReferrals",
-            referrals_pb2.ListReferralsRequest(patient_ids=[patient_id], open=True, page_size=_SECTION),
-            referrals_pb2.ListReferralsResponse,
-        )
-        requests = leg(
-            "scheduling",
-            "care.scheduling.v1.SchedulingRequestsService/ListSchedulingRequests",
-            requests_pb2.ListSchedulingRequestsRequest(patient_ids=[patient_id], open=True, page_size=_SECTION),
-            requests_pb2.ListSchedulingRequestsResponse,
-        )
-        waits = leg(
-            "scheduling",
-            "care.scheduling.v1.WaitlistService/ListWaitlistEntries",
-            waitlist_pb2.ListWaitlistEntriesRequest(patient_ids=[patient_id], statuses=_WAITS, page_size=_SECTION),
-            waitlist_pb2.ListWaitlistEntriesResponse,
-        )
-        wishes = leg(
-            "scheduling",
-            "care.scheduling.v1.SchedulingPreferencesService/GetSchedulingPreferences",
-            requests_pb2.GetSchedulingPreferencesRequest(patient_id=patient_id),
-            requests_pb2.SchedulingPreferences,
-        )
-        legs = (patient, upcoming, missed, referrals, requests, waits, wishes)
+        legs = {name: asyncio.create_task(self._leg(ask, token)) for name, ask in {"patient": who, **asks}.items()}
         try:
-            who = await patient
-            if isinstance(who, Away):
-                raise _without_patients(who.problem)
-            await asyncio.gather(*legs)
+            patient = await legs["patient"]
+            if isinstance(patient, Away):
+                raise _without_patients(patient.problem)
+            await asyncio.gather(*legs.values())
         finally:
-            for each in legs:
+            for each in legs.values():
                 each.cancel()
-
-        sections = _Sections(self._codec)
-        sections.answer["patient"] = sections.encode(who)
-        link = quote(patient_id)
-        sections.add(
-            "appointments",
-            f"/v1/appointments?patientIds={link}",
-            {"upcoming": (upcoming.result(), "appointments"), "missed": (missed.result(), "appointments")},
-        )
-        sections.add(
-            "referrals", f"/v1/referrals?patientIds={link}&open=true", {"open": (referrals.result(), "referrals")}
-        )
-        sections.add(
-            "requests",
-            f"/v1/schedulingRequests?patientIds={link}&open=true",
-            {"open": (requests.result(), "scheduling_requests")},
-        )
-        sections.add(
-            "waitlist", f"/v1/waitlistEntries?patientIds={link}", {"open": (waits.result(), "waitlist_entries")}
-        )
-        sections.put("preferences", wishes.result())
-        return sections.done()
+        sections = _Sections(self._codec, {name: each.result() for name, each in legs.items()})
+        sections.put("patient")
+        return sections, quote(patient_id)
 
     async def list_patient_accesses(self, request: gateway_pb2.ListPatientAccessesRequest, token: str) -> Json:
         """ListPatientAccessesResponse as JSON. Raises what patients answers; else what another service refuses with."""
@@ -264,7 +222,8 @@ class Summaries:
         answers = await asyncio.gather(
             *(
                 self._leg(
-                    service, "care.audit.v1.AuditService/ListAccesses", asked, audit_pb2.ListAccessesResponse, token
+                    Ask(service, "care.audit.v1.AuditService/ListAccesses", asked, audit_pb2.ListAccessesResponse),
+                    token,
                 )
                 for service in SERVICES
             )
@@ -278,7 +237,7 @@ class Summaries:
                     raise each.problem
         if all(isinstance(each, Away) for each in answers):
             raise Unavailable("SERVICE_UNAVAILABLE", "No service answers; try again.")
-        accesses = [access for each in answers if not isinstance(each, Away) for access in each.accesses]
+        accesses = [access for each in answers if not isinstance(each, Away) for access in cast(Any, each).accesses]
         accesses.sort(key=lambda access: (access.time.seconds, access.time.nanos), reverse=True)
         encode = self._codec.encoder(descriptor_of(audit_pb2.Access))
         answer: Json = {}
@@ -288,49 +247,49 @@ class Summaries:
             answer["degraded"] = degraded
         return answer
 
-    async def _leg(self, service: str, method: str, asked: Message, kind: type[M], token: str) -> M | Away:
+    async def _leg(self, ask: Ask, token: str) -> Message | Away:
         try:
-            answer = await self._reads.read(service, method, asked, token, self._timeout)
+            answer = await self._reads.read(ask.service, ask.method, ask.request, token, self._timeout)
         except Problem as problem:
-            return Away(service, problem)
+            return Away(ask.service, problem)
         except TimeoutError:
-            return Away(service, Unavailable("SERVICE_UNAVAILABLE", "A service did not answer in time."))
-        return kind.FromString(answer)
+            return Away(ask.service, Unavailable("SERVICE_UNAVAILABLE", "A service did not answer in time."))
+        return ask.answer.FromString(answer)
 
 
 class _Sections:
-    """The summary being put together: a section whose legs did not all answer is absent, never empty."""
+    """An answer being put together: a section whose legs did not all answer is absent, never empty."""
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec, legs: Mapping[str, Message | Away]) -> None:
         self._codec = codec
+        self._legs = legs
         self._degraded: dict[str, None] = {}
         self.answer: Json = {}
 
-    def encode(self, message: Message) -> Json:
-        encoded: Json = self._codec.encoder(descriptor_of(type(message)))(message)
-        return encoded
-
-    def add(self, name: str, link: str, lists: Mapping[str, tuple[Message | Away, str]]) -> None:
-        """`lists`: key in the section to (answer, the answer's repeated field)."""
-        away = [answer for answer, _ in lists.values() if isinstance(answer, Away)]
-        if away:
-            self._degraded.update((each.service, None) for each in away if each.degraded)
+    def add(self, name: str, link: str, lists: Mapping[str, tuple[str, str]]) -> None:
+        """A section of lists, by their key in it: the leg, and the repeated field of its answer."""
+        if any([self._is_away(leg) for leg, _ in lists.values()]):
             return
         section: Json = {}
-        for key, (answer, field) in lists.items():
-            rows = getattr(answer, field)
+        for key, (leg, field) in lists.items():
+            rows = getattr(self._legs[leg], field)
             if rows:
                 encode = self._codec.encoder(rows[0].DESCRIPTOR)
                 section[key] = [encode(row) for row in rows]
         section["next"] = link
         self.answer[name] = section
 
-    def put(self, name: str, answer: Message | Away) -> None:
-        """A section that is one message."""
-        if not isinstance(answer, Away):
-            self.answer[name] = self.encode(answer)
-        elif answer.degraded:
+    def put(self, name: str) -> None:
+        """A section that is the one message of the leg of its name."""
+        if not self._is_away(name):
+            message = cast(Message, self._legs[name])
+            self.answer[name] = self._codec.encoder(descriptor_of(type(message)))(message)
+
+    def _is_away(self, leg: str) -> bool:
+        answer = self._legs[leg]
+        if isinstance(answer, Away) and answer.degraded:
             self._degraded[answer.service] = None
+        return isinstance(answer, Away)
 
     def done(self) -> Json:
         if self._degraded:
@@ -342,3 +301,22 @@ def _without_patients(problem: Problem) -> Problem:
     if problem.code in _REFUSALS:
         return problem
     return Unavailable("PATIENTS_UNAVAILABLE", "The service patients does not answer; try again.", service="patients")
+
+
+def _timestamp(at: datetime) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromDatetime(at)
+    return stamp
+
+
+def _upcoming(patient_id: str, now: Timestamp) -> Ask:
+    return Ask.appointments(patient_ids=[patient_id], statuses=_UPCOMING, start_time_from=now)
+
+
+def _open_referrals(patient_id: str) -> Ask:
+    return Ask(
+        "referrals",
+        "care.referrals.v1.ReferralsService/ListReferrals",
+        referrals_pb2.ListReferralsRequest(patient_ids=[patient_id], open=True, page_size=_SECTION),
+        referrals_pb2.ListReferralsResponse,
+    )

@@ -225,19 +225,11 @@ async def _clean(call: Call, values: dict[str, Any]) -> dict[str, Any]:
 
 async def _know_owner(call: Call, owner: dict[str, str]) -> None:
     """Raises Invalid `OWNER_UNKNOWN` unless it is active staff or a pool in use."""
-    known: Any = None
     if owner["type"] == "Pool":
-        known = await pool_of(call.db, call.tenant_id, owner["id"])
-    elif owner["type"] == "Staff":
-        principal = call.runtime.access.tables.principal
-        query = select(principal.c.id).where(
-            principal.c.tenant_id == call.tenant_id,
-            principal.c.kind == "STAFF",
-            principal.c.principal_id == owner["id"],
-            principal.c.active,
-        )
-        known = (await call.db.execute(query)).first()
-    if known is None:
+        known = await pool_of(call.db, call.tenant_id, owner["id"]) is not None
+    else:
+        known = owner["type"] == "Staff" and await call.has_staff(owner["id"])
+    if not known:
         raise Invalid("OWNER_UNKNOWN", "The owner must be active staff or a pool in use.", field="referral.owner")
 
 

@@ -217,20 +217,12 @@ async def _know(call: Call, values: dict[str, Any]) -> list[str]:
 
 async def _know_owner(call: Call, owner: dict[str, str], field: str) -> None:
     """Raises Invalid `OWNER_UNKNOWN` unless it is active staff or a pool in use."""
-    known: Any = None
     if owner["type"] == "Pool":
         pool = await call.db.get(Pool, (call.tenant_id, owner["id"]))
-        known = pool if pool is not None and pool.active else None
-    elif owner["type"] == "Staff":
-        principal = call.runtime.access.tables.principal
-        query = select(principal.c.id).where(
-            principal.c.tenant_id == call.tenant_id,
-            principal.c.kind == "STAFF",
-            principal.c.principal_id == owner["id"],
-            principal.c.active,
-        )
-        known = (await call.db.execute(query)).first()
-    if known is None:
+        known = pool is not None and pool.active
+    else:
+        known = owner["type"] == "Staff" and await call.has_staff(owner["id"])
+    if not known:
         raise Invalid("OWNER_UNKNOWN", "The owner must be active staff or a pool in use.", field=field)
 
 
