@@ -104,8 +104,9 @@ class Walk:
         patient_id = await self.world.harness.subject(self.clinic)
         book = appointments_pb2.CreateAppointmentRequest(patient_id=patient_id, offer_token=self.offers.pop())
         self.booked.append(await self._make(AppointmentsServiceStub, "CreateAppointment", book, "booker"))
+        # Not the first of them: the walk-in is booked over whatever begins next.
         hold = appointments_pb2.HoldAppointmentRequest(
-            patient_id=patient_id, offer_token=self.offers.pop(0), hold_seconds=3600
+            patient_id=patient_id, offer_token=self.offers.pop(5), hold_seconds=3600
         )
         self.held = await self._make(AppointmentsServiceStub, "HoldAppointment", hold, "booker")
         session = sessions_pb2.CreateSessionRequest()
