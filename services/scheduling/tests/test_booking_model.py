@@ -15,8 +15,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from chassis.errors import Problem
 from services.scheduling.appointment import Appointment, Status
-from services.scheduling.booking import Candidate, Chosen, Found, Overbooking
-from services.scheduling.directory import Clinic, Practitioner, Schedule, VisitType
+from services.scheduling.booking import STAFF, Candidate, Chosen, Found, Overbooking
+from services.scheduling.directory import Clinic, Practitioner, Schedule, VisitType, weekly
 from services.scheduling.offers import Place
 
 MONDAY = datetime(2031, 6, 2, tzinfo=UTC)
@@ -69,11 +69,12 @@ class Booking(RuleBasedStateMachine):
                 late_cancel_hours=24, minimum_notice_minutes=0, security_labels=[],
             ),
             Clinic(status="ACTIVE", time_zone="America/New_York", holiday_region="", closed_dates=[], security_labels=[]),
-            Practitioner(active=True, roles=[]),
+            Practitioner(active=True, roles=[{"clinic_id": "clinic"}]),
             Schedule(weekly_hours=ALL_WEEK, exceptions=[]),
             list(self.candidates(place, patient, own)),
+            weekly=weekly(ALL_WEEK, "schedule"),
         )  # fmt: skip
-        found.check(0)
+        found.check(0, 0, STAFF)
         overbooking = None if overlap is None else Overbooking("model", overlap, True)
         return Chosen(found, found.choose(overbooking), [])
 
