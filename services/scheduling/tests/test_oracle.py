@@ -27,6 +27,8 @@ from services.scheduling.availability import (
 ZONES = (
     "America/New_York", "America/Phoenix", "Pacific/Honolulu", "Australia/Lord_Howe", "America/Sao_Paulo", "Europe/London",
 )  # fmt: skip
+CHANGING = ("America/New_York", "Australia/Lord_Howe", "Europe/London", "America/Santiago")
+"""By an hour at two, by half an hour at two, by an hour at one, and by an hour at midnight, which there is not that day."""
 MARGIN = 3 * 1440
 
 
@@ -95,7 +97,11 @@ class Oracle:
         return minutes
 
 
-quarters = st.integers(0, 95).map(lambda quarter: time(quarter // 4, quarter % 4 * 15))
+quarters = st.one_of(
+    st.integers(0, 95),
+    st.integers(0, 16),  # where clocks change
+).map(lambda quarter: time(quarter // 4, quarter % 4 * 15))
+nights = st.integers(0, 16).map(lambda quarter: time(quarter // 4, quarter % 4 * 15))
 
 
 @st.composite
@@ -155,14 +161,61 @@ def test_availability_equals_an_oracle_that_only_reads_the_clock_minute_by_minut
         st.one_of(st.sampled_from(change_days(name)), st.sampled_from([date(2026, 7, 1), date(2029, 12, 31)]))
     )
     day -= timedelta(data.draw(st.integers(0, 1)))
+    begin = oracle(name, day).begin
+    doctors = data.draw(st.lists(members(day, begin, held=True), min_size=1, max_size=2))
+    compare(data, name, day, doctors, begin + data.draw(st.integers(-2000, 600)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_hours_that_begin_or_end_where_the_clock_changes_are_as_the_oracle_sees_them(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(CHANGING))
+    changed = data.draw(st.sampled_from(change_days(name)))
+    block = {
+        "weekday": changed.weekday(), "start": data.draw(nights), "end": data.draw(st.one_of(nights, st.just(time(9)))),
+        "since": date.min, "until": date.max, "fits": True, "held": 0,
+    }  # fmt: skip
+    doctor = {"hours": [block], "exceptions": data.draw(st.lists(changes(changed), max_size=1)), "taken": []}
+    day = changed - timedelta(data.draw(st.integers(0, 1)))
+    compare(data, name, day, [doctor], oracle(name, day).begin - 1440, plain=True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_held_back_blocks_open_in_the_minute_in_which_the_oracle_releases_them(data: st.DataObject) -> None:
+    """Now is right at, before or after the release of one of them; it begins by the clock, on change days too."""
+    name = data.draw(st.sampled_from(CHANGING))
+    changed = data.draw(st.sampled_from(change_days(name)))
+    day = changed - timedelta(data.draw(st.integers(0, 1)))
+    walk = oracle(name, day)
+    held = data.draw(st.sampled_from([1, 5, 30]))
+    # On the days of the window and on the one before, whose block may go on over midnight.
+    on = day + timedelta(data.draw(st.integers(-1, 1)))
+    block = {
+        "weekday": on.weekday(), "start": data.draw(quarters), "end": data.draw(quarters),
+        "since": date.min, "until": date.max, "fits": True, "held": held,
+    }  # fmt: skip
+    doctor = {
+        "hours": [block, *data.draw(st.lists(blocks(day, held=True), max_size=1))], "exceptions": [], "taken": [],
+    }  # fmt: skip
+    released = walk.first[datetime.combine(on, block["start"])] - 60 * held
+    compare(data, name, day, [doctor], released + data.draw(st.sampled_from([-61, -1, 0, 1, 59])), plain=True)
+
+
+def compare(data: st.DataObject, name: str, day: date, doctors: list[dict], now: int, *, plain: bool = False) -> None:
+    """What is found in two days from `day` on, against the oracle; `plain` for one who works without rooms or notice."""
     walk = oracle(name, day)
     begin, end = walk.begin, walk.end
-    now = begin + data.draw(st.integers(-2000, 600))
-    length, before, after = data.draw(st.integers(5, 90)), data.draw(st.integers(0, 20)), data.draw(st.integers(0, 20))
-    grid, notice = data.draw(st.sampled_from([5, 15, 20, 50, 60])), data.draw(st.sampled_from([0, 45, 600]))
-    closed = data.draw(st.sampled_from([[], [day], [day + timedelta(1)]]))
-    doctors = data.draw(st.lists(members(day, begin, held=True), min_size=1, max_size=2))
-    rooms = data.draw(st.lists(members(day, begin, held=False), max_size=3))
+    length, before, after = (
+        data.draw(st.integers(5, 30 if plain else 90)),
+        *data.draw(st.tuples(st.integers(0, 20), st.integers(0, 20))),
+    )
+    grid = data.draw(st.sampled_from([5, 15, 20, 50, 60]))
+    notice, closed, rooms = 0, [], []
+    if not plain:
+        notice = data.draw(st.sampled_from([0, 45, 600]))
+        closed = data.draw(st.sampled_from([[], [day], [day + timedelta(1)]]))
+        rooms = data.draw(st.lists(members(day, begin, held=False), max_size=3))
     pools = (
         data.draw(st.lists(st.lists(st.integers(0, max(len(rooms) - 1, 0)), unique=True), max_size=2)) if rooms else []
     )
@@ -206,7 +259,7 @@ def test_availability_equals_an_oracle_that_only_reads_the_clock_minute_by_minut
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_block_comes_round_as_the_oracle_sees_it(data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(ZONES))
+    name = data.draw(st.sampled_from(CHANGING))
     day = data.draw(st.sampled_from(change_days(name))) - timedelta(data.draw(st.integers(0, 1)))
     walk = oracle(name, day)
     one = data.draw(blocks(day, held=False))
