@@ -8,7 +8,8 @@ a later one:
 
 0. of a walk-in, its clinic's row;
 1. appointment rows: its own one before anything else (a series' or session's own ones by id, after the series' row); others'
-   with SKIP LOCKED or NOWAIT, so never waiting. Then the row of the session, of several by id;
+   with SKIP LOCKED or NOWAIT, so never waiting. Then the row of the session, of several by id.
+   Then numbers are made for who has none, all that a transaction may want in one statement, in the order of the key;
 2. `bookable` rows, by number, only by whatever releases *and* takes, or takes more than one time of a number: `lock`;
 3. `occupancy`, by number: `take` inserts by number, and where it also releases, a number's old rows go right before its
    new ones come; rows of other numbers go last, since deleting waits for nobody.
@@ -113,6 +114,22 @@ async def numbers(db: AsyncSession, tenant_id: str, *holder_ids: str) -> list[in
     return list((await db.execute(_NUMBERS, {"tenant": tenant_id, "holders": list(holder_ids)})).scalars())
 
 
+async def number_all(
+    db: AsyncSession, tenant_id: str, patient_id: str, practitioner_ids: Sequence[str], clinic_ids: Sequence[str]
+) -> None:
+    """Give a number to all who and that may be wanted at several places, in one order, before the first is looked at.
+
+    Whoever makes them place by place holds some while it waits for others, as does who goes the other way round.
+    """
+    values = {
+        "tenant": tenant_id,
+        "patient": patient_id,
+        "practitioners": list(practitioner_ids),
+        "clinics": list(clinic_ids),
+    }
+    await db.execute(_NUMBER_ALL, values)
+
+
 async def take(
     db: AsyncSession,
     tenant_id: str,
@@ -207,6 +224,20 @@ _LOCK = text("SELECT no FROM bookable WHERE no = ANY(:nos) ORDER BY no FOR NO KE
 )
 _NUMBERS = text("SELECT DISTINCT no FROM occupancy WHERE tenant_id = :tenant AND holder_id = ANY(:holders)").bindparams(
     bindparam("tenant", type_=_UUID), bindparam("holders", type_=_UUIDS)
+)
+_NUMBER_ALL = text(
+    "INSERT INTO bookable (tenant_id, ref_id, kind) SELECT :tenant, c.ref_id, c.kind FROM ("
+    "SELECT s.patient_id AS ref_id, 'patient' AS kind FROM record_subject s"
+    " WHERE s.tenant_id = :tenant AND s.patient_id = :patient"
+    " UNION ALL SELECT p.id, 'practitioner' FROM practitioner p WHERE p.tenant_id = :tenant AND p.id = ANY(:practitioners)"
+    " UNION ALL SELECT r.id, r.kind FROM resource r"
+    " WHERE r.tenant_id = :tenant AND r.clinic_id = ANY(:clinics) AND r.active) c"
+    " WHERE NOT EXISTS (SELECT FROM bookable b WHERE b.tenant_id = :tenant AND b.ref_id = c.ref_id)"
+    " ORDER BY c.ref_id ON CONFLICT DO NOTHING"
+).bindparams(
+    bindparam("tenant", type_=_UUID),
+    bindparam("patient", type_=_UUID),
+    *(bindparam(name, type_=_UUIDS) for name in ("practitioners", "clinics")),
 )
 _TAKE = text(
     f"{_INSERT} SELECT :tenant, :holder, s.no, s.lane,"

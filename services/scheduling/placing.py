@@ -57,6 +57,13 @@ async def look_at_all(
     FailedPrecondition `PATIENT_DECEASED`.
     """
     locked: set[int] = set()
+    await occupancy.number_all(
+        db,
+        tenant_id,
+        patient_id,
+        sorted({one.place.practitioner_id for one in wanted}),
+        sorted({one.place.clinic_id for one in wanted}),
+    )
     # Also where nothing is locked: what is wrong with the place as a whole is told once, not of each visit.
     for place in {one.place._replace(start=0, resource_ids=()): one.place for one in wanted}.values():
         locked |= await booking.numbers(db, tenant_id, patient_id, place)

@@ -8,8 +8,12 @@ import pytest
 from care.scheduling.v1 import appointments_pb2
 from care.scheduling.v1 import series_pb2 as pb
 from care.scheduling.v1.series_pb2_grpc import SeriesServiceStub
+from sqlalchemy.exc import DBAPIError
 
-from services.scheduling.tests.desk import refused
+from chassis.errors import LostRace
+from services.scheduling.offers import Place
+from services.scheduling.placing import Wanted, look_at_all
+from services.scheduling.tests.desk import refused, soon
 
 ZONE = ZoneInfo("America/New_York")
 THIS, FOLLOWING, ALL = pb.SeriesScope.THIS, pb.SeriesScope.THIS_AND_FOLLOWING, pb.SeriesScope.ALL
@@ -437,3 +441,28 @@ async def test_series_that_swap_their_times_at_once_neither_deadlock_nor_overlap
         )
     assert (await series_desk.sql(DEADLOCKS))[0][0] == deadlocks
     assert not await series_desk.overlaps()
+
+
+async def test_series_that_want_practitioners_of_no_number_crosswise_do_not_deadlock(series_desk):
+    """Who is first wanted gets a number: two who made them one by one, from both ends, waited for each other."""
+    doctors = [await series_desk.a_practitioner("New") for _ in range(8)]
+    start = int(soon(30).timestamp())
+    runtime = series_desk.harness.servers["scheduling"].runtime
+    patients = [await series_desk.a_patient() for _ in range(2)]
+
+    async def look(patient, order):
+        wanted = [
+            Wanted(number, Place(series_desk.visit, series_desk.clinic, doctor, start + 86_400 * number))
+            for number, doctor in enumerate(order, 1)
+        ]
+        async with runtime.database.acting("system:scheduling") as db:
+            await look_at_all(db, series_desk.harness.tenant_id, patient, wanted, db.info["act"].now, lock=True)
+
+    deadlocks = (await series_desk.sql(DEADLOCKS))[0][0]
+    outcomes = await asyncio.gather(
+        look(patients[0], doctors), look(patients[1], doctors[::-1]), return_exceptions=True
+    )
+    assert not any(isinstance(one, DBAPIError) for one in outcomes)
+    # Somebody else may have given out the number a moment ago: that is tried again, and nobody waited in a circle.
+    assert all(one is None or isinstance(one, LostRace) for one in outcomes)
+    assert (await series_desk.sql(DEADLOCKS))[0][0] == deadlocks
