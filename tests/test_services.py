@@ -282,6 +282,7 @@ def test_the_shipped_limits_are_these() -> None:
             "video_timeout": 5,
             "video_lease": 60,
             "occupancy_kept": 604_800,
+            "freed_slots_kept": 34_560_000,
             "waitlist_kept": 15_552_000,
             "backfill_every": 1,
             "backfill_retry": 30,

@@ -56,7 +56,7 @@ _WISHED = (
 """The columns of a `Wish`, but for its last one."""
 _STANDING = (Status.BOOKED, Status.ARRIVED, Status.CHECKED_IN, Status.FULFILLED)
 # Refusals that concern one candidate; any other one concerns the slot.
-_OF_THE_PATIENT = ("PATIENT_BUSY", "PATIENT_DECEASED")
+_OF_THE_PATIENT = ("PATIENT_BUSY", "PATIENT_DECEASED", "NOT_ELIGIBLE", "NOT_LICENSED")
 
 
 class BackfillMetrics:
@@ -137,10 +137,10 @@ async def terms(
         db, tenant_id, "waitlist", shipped, clinic=clinic_id or None, visit_type=visit_type_id
     )
     kind = await db.get(VisitType, (tenant_id, visit_type_id))
-    own = getattr(kind, "backfill_lockout_hours", 0) or 0
+    own = kind.lock_out_minutes if kind is not None else 0
     found = policy.settings
     rules = Rules(
-        timedelta(hours=own or found["lockout_hours"]),
+        timedelta(minutes=own) if own else timedelta(hours=found["lockout_hours"]),
         timedelta(seconds=found["offer_seconds"]),
         timedelta(seconds=found["offer_seconds_at_least"]),
         time.fromisoformat(found["offers_from"]),
@@ -205,13 +205,14 @@ async def _offer(db: AsyncSession, slot: FreedSlot) -> None:
         entry = await _lock(db, WaitlistEntry, slot.tenant_id, candidate.wish.entry_id)
         if entry is None or entry.status is not EntryStatus.WAITING:
             continue  # somebody has it in hand, or it got another slot meanwhile
+        based_on = await _based_on(db, entry)
         try:
-            chosen = await _choose(db, slot, entry, now)
+            chosen = await _choose(db, slot, entry, based_on, now)
         except Problem as problem:
             if problem.reason in _OF_THE_PATIENT:
                 continue
             return await _give_up(db, slot, problem)
-        return await _hold(db, slot, entry, candidate, chosen, until, held.version)
+        return await _hold(db, slot, entry, based_on, candidate, chosen, until, held.version)
     if busy:
         # Somebody who would want it has another offer in hand, which may yet be declined.
         slot.wait(now + timedelta(seconds=db.info["runtime"].settings.backfill_retry))
@@ -273,24 +274,26 @@ async def candidates(db: AsyncSession, slot: FreedSlot, held: Terms) -> tuple[li
     return best, any(not matching.misfits(wish, slot.slot, now) for wish in busy)
 
 
-async def _choose(db: AsyncSession, slot: FreedSlot, entry: WaitlistEntry, now: datetime) -> booking.Chosen:
+async def _choose(
+    db: AsyncSession, slot: FreedSlot, entry: WaitlistEntry, based_on: Sequence[Any], now: datetime
+) -> booking.Chosen:
     place = Place(slot.visit_type_id, slot.clinic_id, slot.practitioner_id, int(slot.start_time.timestamp()))
-    return await booking.choose(db, slot.tenant_id, entry.patient_id, place, now)
+    terms = booking.Terms(referral=booking.has_referral(based_on))
+    return await booking.choose(db, slot.tenant_id, entry.patient_id, place, now, terms=terms)
 
 
 async def _hold(
     db: AsyncSession,
     slot: FreedSlot,
     entry: WaitlistEntry,
+    based_on: Sequence[Any],
     candidate: Ranked,
     chosen: booking.Chosen,
     until: datetime,
     policy_version: int,
 ) -> None:
     """Hold the time as any other hold, and tell the patient."""
-    hold = Appointment(
-        tenant_id=slot.tenant_id, id=new_id(), patient_id=entry.patient_id, based_on=await _based_on(db, entry)
-    )
+    hold = Appointment(tenant_id=slot.tenant_id, id=new_id(), patient_id=entry.patient_id, based_on=list(based_on))
     hold.place(**chosen.values())
     hold.hold(until)
     offer = WaitlistOffer(

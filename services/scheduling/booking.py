@@ -57,6 +57,11 @@ class Terms:
 STAFF = Terms()
 
 
+def has_referral(based_on: Sequence[Any] | None) -> bool:
+    """Whether a referral is among what a visit is based on."""
+    return any(one["type"] == "Referral" for one in based_on or ())
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """Somebody or something that can be taken, and how it stands in the wanted time."""
@@ -146,9 +151,7 @@ class Found:
             day=day,
         )
         if against:
-            raise FailedPrecondition(
-                "NOT_ELIGIBLE", "The visit type isn't for this patient by its rules.", rules=",".join(against)
-            )
+            raise not_eligible(against)
         if self.licence_asked and known.state and known.state not in (self.practitioner.licensed_states or ()):
             raise FailedPrecondition(
                 "NOT_LICENSED", "This practitioner has no licence for the state in which the patient lives."
@@ -570,6 +573,13 @@ async def end_expired(db: AsyncSession, tenant_id: str, spans: Sequence[Span]) -
 def taken() -> AlreadyExists:
     """Somebody else has the time."""
     return AlreadyExists("SLOT_TAKEN", "This time is taken; search for another one.")
+
+
+def not_eligible(rules: Sequence[str]) -> FailedPrecondition:
+    """Rules of the visit type speak against it."""
+    return FailedPrecondition(
+        "NOT_ELIGIBLE", "The visit type isn't for this patient by its rules.", rules=",".join(rules)
+    )
 
 
 def busy() -> AlreadyExists:

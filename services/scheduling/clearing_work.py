@@ -195,7 +195,8 @@ async def _decide(runtime: "Runtime", db: AsyncSession, lost: set[tuple[str, Pla
 
 
 async def _hold(runtime: "Runtime", db: AsyncSession, visit: Appointment, place: Place, now: datetime) -> Appointment:
-    chosen = await booking.choose(db, visit.tenant_id, visit.patient_id, _wanted(visit, place), now)
+    terms = booking.Terms(referral=booking.has_referral(visit.based_on))
+    chosen = await booking.choose(db, visit.tenant_id, visit.patient_id, _wanted(visit, place), now, terms=terms)
     hold = Appointment(
         tenant_id=visit.tenant_id,
         id=new_id(),

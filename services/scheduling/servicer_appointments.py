@@ -90,12 +90,14 @@ class AppointmentsServicer(AppointmentsServiceServicer):
         zone = await _zone_of(request.clinic_id, call, "clinic_id", locked=True)
         now = call.now.replace(second=0, microsecond=0)
         wanted = Place(request.visit_type_id, request.clinic_id, request.practitioner_id, int(now.timestamp()))
-        overbooking = _overbooking(request, call)
+        overbooking, terms = _overbooking(request, call), booking.Terms(referral=_has_referral(request))
         if overbooking is None:
-            wanted = await walkins.soonest(call.db, call.tenant_id, request.patient_id, wanted, call.now, zone)
+            wanted = await walkins.soonest(
+                call.db, call.tenant_id, request.patient_id, wanted, call.now, zone, referral=terms.referral
+            )
         elif not request.practitioner_id:
             raise Invalid("PLACE_MISSING", "Whose time is to be overbooked?", field="practitioner_id")
-        chosen = await _choose(call, request.patient_id, wanted, overbooking)
+        chosen = await _choose(call, request.patient_id, wanted, overbooking, terms=terms)
         appointment = await _new(request, call, chosen)
         appointment.walk_in, appointment.comment = True, request.comment
         appointment.book(_reason(chosen, overbooking))
@@ -282,9 +284,13 @@ def _terms(request: Competing, call: Call) -> booking.Terms:
     return booking.Terms(
         is_self_service(call),
         _held_back(request, call),
-        any(one.type == "Referral" for one in request.based_on),
+        _has_referral(request),
         request.payer,
     )
+
+
+def _has_referral(request: Any) -> bool:
+    return any(one.type == "Referral" for one in request.based_on)
 
 
 def _held_back(request: Any, call: Call) -> bool:

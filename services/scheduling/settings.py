@@ -22,6 +22,8 @@ class SchedulingSettings(Settings):
     """Staff may still book a start that is past by so much, unless the visit type wants notice."""
     occupancy_kept: float = Field(default=7 * 86400, ge=2 * 86400)
     """Who and what was taken is deleted so long after its end; not before the clinic's day is over everywhere."""
+    freed_slots_kept: float = Field(default=400 * 86400, ge=7 * 86400)
+    """What became of a freed slot is deleted so long after it was freed: waitlist measures reach back so far."""
     waitlist_kept: float = 180 * 86400
     """How long an entry waits that names no end."""
     backfill_every: float = 1.0

@@ -1,4 +1,4 @@
-"""The loop that deletes what was taken long ago: nobody asks for it any more, and the table grows with each visit."""
+"""The loop that deletes what was taken or freed long ago: nobody asks for it any more, and the tables grow with each visit."""
 
 import asyncio
 from datetime import timedelta
@@ -22,11 +22,16 @@ _DELETE = text(
     " AND ((upper(during) - 1) & 4294967295) < extract(epoch FROM transaction_timestamp() - :kept)::bigint"
     " FOR UPDATE SKIP LOCKED))"
 ).bindparams(bindparam("kept", type_=Interval), bindparam("first", type_=Text), bindparam("end", type_=Text))
+_DELETE_SLOTS = text(
+    "DELETE FROM freed_slot WHERE ctid = ANY(ARRAY("
+    "SELECT ctid FROM freed_slot WHERE create_time < transaction_timestamp() - :kept AND status NOT IN ('OPEN', 'OFFERED')"
+    " LIMIT 1000 FOR UPDATE SKIP LOCKED))"
+).bindparams(bindparam("kept", type_=Interval))
 _SIZE = text("SELECT pg_relation_size('occupancy') / current_setting('block_size')::int")
 
 
 async def delete_old_occupancy(runtime: "Runtime") -> int:
-    """Delete the rows that ended longer ago than `occupancy_kept`; answers how many."""
+    """Delete the rows that ended longer ago than `occupancy_kept`, then old freed slots; answers how many."""
     kept = timedelta(seconds=runtime.settings.occupancy_kept)  # type: ignore[attr-defined]
     done = 0
     async with runtime.database.reading() as db:
@@ -36,4 +41,12 @@ async def delete_old_occupancy(runtime: "Runtime") -> int:
             deleted = await db.execute(_DELETE, {"kept": kept, "first": f"({first},0)", "end": f"({first + PAGES},0)"})
             done += deleted.rowcount  # type: ignore[attr-defined]
         await asyncio.sleep(_REST_SECONDS)
-    return done
+    return done + await _delete_freed_slots(runtime)
+
+
+async def _delete_freed_slots(runtime: "Runtime") -> int:
+    """Delete those that were freed longer ago than `freed_slots_kept` and are settled: some a round, the rest in the next."""
+    kept = timedelta(seconds=runtime.settings.freed_slots_kept)  # type: ignore[attr-defined]
+    async with runtime.database.acting("system:scheduling") as db:
+        deleted = await db.execute(_DELETE_SLOTS, {"kept": kept})
+        return int(deleted.rowcount)  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from datetime import datetime
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from chassis.errors import AlreadyExists, LostRace
-from services.scheduling import days
+from services.scheduling import booking, days
 from services.scheduling.appointment import Appointment
 from services.scheduling.booking import Chosen
 from services.scheduling.finding import Search, free_slots
@@ -13,11 +13,11 @@ from services.scheduling.offers import Place
 
 
 async def soonest(
-    db: AsyncSession, tenant_id: str, patient_id: str, wanted: Place, now: datetime, time_zone: str
+    db: AsyncSession, tenant_id: str, patient_id: str, wanted: Place, now: datetime, time_zone: str, *, referral: bool
 ) -> Place:
     """The first free start between now and the clinic's midnight, with whom is wanted or with anybody.
 
-    Raises AlreadyExists `SLOT_TAKEN` where there is none.
+    Raises AlreadyExists `SLOT_TAKEN` where there is none, FailedPrecondition `NOT_ELIGIBLE` where there can be none.
     """
     _, midnight = days.window(days.today(now, time_zone), time_zone)
     search = Search(
@@ -28,8 +28,11 @@ async def soonest(
         start=wanted.start,
         end=int(midnight.timestamp()),
         patient_id=patient_id,
+        referral=referral,
     )
     free = await free_slots(db, search, 1)
+    if free.ineligible:
+        raise booking.not_eligible(free.ineligible)
     if not free.slots:
         raise AlreadyExists("SLOT_TAKEN", "Nobody is free at this clinic today.")
     slot = free.slots[0]

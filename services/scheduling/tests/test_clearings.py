@@ -135,6 +135,16 @@ async def test_who_allows_it_is_moved_others_are_offered_a_held_time_and_nothing
     assert len(rows[0].exceptions) == 1
 
 
+async def test_a_visit_on_a_referral_is_offered_another_time_as_any_other(clearer, desk):
+    kind = await desk.a_visit_type("referred", eligibility={"referral_required": True})
+    doctor, based_on = await desk.a_practitioner("Refers"), [{"type": "Referral", "id": new_id()}]
+    day = soon(21)
+    visit = await desk.book(await desk.a_patient(), day, doctor, visit_type_id=kind, based_on=based_on)
+    done = await clearer.done((await clearer.clear(doctor, day)).clearing)
+    assert (done.affected, done.offered, done.left) == (1, 1, 0)
+    assert start(await desk.do("Get", visit)) == day
+
+
 async def test_a_visit_that_was_cancelled_or_moved_meanwhile_is_left_alone(clearer, desk):
     doctor, day, (cancelled, stays) = await a_day(desk, 2)
     await clearer.wish(stays.patient_id, within_days=60)

@@ -80,6 +80,21 @@ async def test_neither_a_booking_nor_another_replica_waits_for_it(desk):
     assert await tidy(desk) == 4
 
 
+async def test_freed_slots_go_when_they_are_old_and_settled(desk):
+    for days, status in ((500, "FREE"), (500, "OPEN"), (500, "OFFERED"), (300, "FILLED")):
+        await desk.sql(
+            "INSERT INTO freed_slot (tenant_id, id, version, create_time, visit_type_id, clinic_id, practitioner_id,"
+            " start_time, end_time, time_zone, cause, status, due_time) SELECT tenant_id, gen_random_uuid(), 1,"
+            " clock_timestamp() - make_interval(days => :days), id, id, id, now(), now(), 'UTC', 'CANCELLED', :status,"
+            " 'infinity' FROM visit_type LIMIT 1",
+            days=days, status=status,
+        )  # fmt: skip
+    assert await tidy(desk) == 1
+    left = await desk.sql("SELECT status FROM freed_slot WHERE due_time = 'infinity'")
+    assert {row.status for row in left} == {"OPEN", "OFFERED", "FILLED"}
+    await desk.sql("DELETE FROM freed_slot WHERE due_time = 'infinity'")
+
+
 async def test_the_service_runs_it_and_its_setting_is_a_week():
     assert "old occupancy" in {loop.name for loop in SERVICE.loops}
     assert SchedulingSettings.model_fields["occupancy_kept"].default == WEEK

@@ -5,10 +5,12 @@ from datetime import timedelta
 from itertools import count
 
 import pytest
-from care.scheduling.v1 import appointments_pb2
+from care.scheduling.v1 import appointments_pb2, series_pb2
 from care.scheduling.v1 import waitlist_pb2 as pb
+from care.scheduling.v1.series_pb2_grpc import SeriesServiceStub
 
 from chassis.bus.postgres import PostgresBus
+from chassis.ids import new_id
 from chassis.testing.harness import Harness
 from services.scheduling.backfill import preview
 from services.scheduling.service import SERVICE
@@ -307,6 +309,44 @@ async def test_within_the_lock_out_nothing_is_offered(desk):
     assert not await desk.offers(entry)
 
 
+async def test_a_visit_types_own_lock_out_goes_before_the_policys(desk):
+    """Longer than the shipped four hours: nothing is offered; shorter: a slot that the four hours would keep back is."""
+    start, soonest = soon(0) + timedelta(hours=24), soon(0) + timedelta(hours=25)
+    late = await desk.a_visit_type(f"late-{new_id()}", lock_out_minutes=72 * 60)
+    entry = await desk.enlist(visit_type=late)
+    await freed(desk, start, visit_type_id=late)
+    await desk.until_slot(start, "LATE")
+    assert not await desk.offers(entry)
+    quick = await desk.a_visit_type(f"quick-{new_id()}", lock_out_minutes=30)
+    waits = await desk.enlist(visit_type=quick)
+    kept = desk.harness.servers["scheduling"].settings
+    shipped = kept.backfill_lockout
+    kept.backfill_lockout = 72 * 3600.0
+    try:
+        await freed(desk, soonest, visit_type_id=quick)
+        await desk.until(waits, "OFFERED")
+    finally:
+        kept.backfill_lockout = shipped
+
+
+async def test_a_referral_of_the_visit_that_is_given_up_counts_and_who_has_none_is_passed_over(desk):
+    """The one without stands first and doesn't cost the others the slot."""
+    kind = await desk.a_visit_type(f"referred-{new_id()}", eligibility={"referral_required": True})
+    based_on = [{"type": "Referral", "id": new_id()}]
+    more = {"visit_type_id": kind, "based_on": based_on}
+    without = await desk.enlist(visit_type=kind, priority="STAT")
+    patient = await desk.a_patient()
+    older = await desk.book(patient, soon(12), subject="wilma", **more)
+    waits = await desk.enlist(patient, visit_type=kind, appointment_id=older.id)
+    await freed(desk, soon(11), **more)
+    await desk.until(waits, "OFFERED")
+    assert not await desk.offers(without)
+    (offer,) = await desk.offers(waits)
+    await desk.accept(offer.id)
+    booked = await desk.do("Get", offer.id, "wilma")
+    assert [(one.type, one.id) for one in booked.based_on] == [("Referral", based_on[0]["id"])]
+
+
 async def test_an_offer_ends_before_the_lock_out_begins(desk):
     entry = await desk.enlist()
     kept = desk.harness.servers["scheduling"].settings
@@ -357,6 +397,28 @@ async def test_a_visit_that_moves_away_frees_its_time(desk):
     await desk.move(visit, soon(7))
     await desk.until(entry, "OFFERED")
     assert (await desk.offers(entry))[0].start_time.ToDatetime(start.tzinfo) == start
+
+
+async def test_a_series_that_moves_and_an_entry_in_error_free_each_of_their_times(desk):
+    kind = await desk.a_visit_type(f"series-{new_id()}")
+    patient, doctor = await desk.a_patient(), await desk.a_practitioner("Series")
+    day = soon(20).date()
+    series = series_pb2.CreateSeriesRequest(
+        patient_id=patient, practitioner_id=doctor, visit_type_id=kind, clinic_id=desk.clinic,
+        start=f"{day}T10:00", rule="FREQ=WEEKLY;COUNT=3",
+    )  # fmt: skip
+    booked = await desk.harness.call("scheduling", SeriesServiceStub, "CreateSeries", series, "cora")
+    causes = "SELECT cause, count(*) FROM freed_slot WHERE visit_type_id = :kind GROUP BY 1"
+    move = series_pb2.RescheduleSeriesRequest(id=booked.series.id, scope=series_pb2.SeriesScope.ALL, time="11:00")
+    assert (await desk.harness.call("scheduling", SeriesServiceStub, "RescheduleSeries", move, "cora")).booked
+    assert not await desk.sql(causes, kind=kind)  # nobody waits: nothing is written
+    # Who waits wants another clinic, so that what is freed stays as it is.
+    await desk.enlist(visit_type=kind, clinic_ids=[desk.elsewhere])
+    move.time = "12:00"
+    assert (await desk.harness.call("scheduling", SeriesServiceStub, "RescheduleSeries", move, "cora")).booked
+    assert dict(map(tuple, await desk.sql(causes, kind=kind))) == {"BOOKED": 3}
+    await desk.do("EnterInError", booked.occurrences[0].appointment_id, "wilma")
+    assert dict(map(tuple, await desk.sql(causes, kind=kind))) == {"BOOKED": 3, "ENTERED_IN_ERROR": 1}
 
 
 async def test_a_busy_patient_is_passed_over_and_not_struck_off(desk):

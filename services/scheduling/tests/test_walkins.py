@@ -108,3 +108,9 @@ async def test_a_walk_in_takes_both_rights(desk, urgent):
     assert await refused(walk_in(desk, urgent, subject="receives")) == "PERMISSION_MISSING"
     hidden = await desk.a_patient()
     assert await refused(walk_in(desk, urgent, hidden, "books")) == "PERMISSION_MISSING"
+
+
+async def test_who_comes_with_a_referral_is_seen_where_one_is_asked_for(desk, urgent):
+    kind = await desk.a_visit_type("referred-walk-in", eligibility={"referral_required": True})
+    assert await refused(walk_in(desk, kind)) == "NOT_ELIGIBLE"
+    assert (await walk_in(desk, kind, based_on=[{"type": "Referral", "id": new_id()}])).id
