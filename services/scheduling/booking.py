@@ -260,8 +260,8 @@ class Chosen:
 
     @property
     def overbooking(self) -> int:
-        """Which overbooking of the practitioner's time it is."""
-        return next(lane for one, lane in self.lanes.items() if one.kind == _PRACTITIONER)
+        """Which overbooking it is, of whoever or whatever is shared most; the patient is nobody's slot."""
+        return max(lane for one, lane in self.lanes.items() if one.kind != _PATIENT)
 
     @property
     def spans(self) -> list[Span]:

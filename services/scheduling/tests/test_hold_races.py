@@ -197,6 +197,18 @@ async def test_people_rooms_and_devices_wanted_in_any_order_do_not_deadlock(desk
     assert after == before and desk.database.deadlocks._value.get() == 0
 
 
+async def test_a_visit_that_shares_only_its_room_is_flagged_as_overbooked(desk):
+    """Override (medplum#10278): whatever is shared by permission, the record says so."""
+    visit = await desk.a_visit_type("one-room", resource_kinds=["one-room"], overbooking_cap=1)
+    await desk.a_room("one-room")
+    start, other = soon(days=17, hour=9), await desk.a_practitioner("Shares")
+    first = await desk.book(await desk.a_patient(), start, visit_type_id=visit)
+    over = {"reason": "no other room"}
+    second = await desk.book(await desk.a_patient(), start, other, subject="sam", visit_type_id=visit, overbooking=over)
+    assert (first.overbooking, second.overbooking) == (0, 1)
+    assert not await desk.overlaps()
+
+
 async def test_the_original_of_an_overbooked_time_goes_and_nobody_finds_it_free(desk):
     """Override (medplum#10278): a visit that stands in a lane of its own still stands when the first one is cancelled."""
     visit = await desk.a_visit_type("shared-time", overbooking_cap=2)
