@@ -78,6 +78,10 @@ class Call:
         if not self.allows(permission):
             raise missing(permission)
 
+    def is_of(self, *group_ids: str) -> bool:
+        """Whether the caller is staff of one of these groups: for what belongs to a group and to no patient."""
+        return self.caller.kind == "staff" and not set(group_ids).isdisjoint(self.caller.group_ids)
+
     def fact(self, what: str, about: str) -> Any:
         """What another service knows; it is asked outside the transaction, and the method begins anew."""
         return fact(self.known, (what, about))

@@ -173,6 +173,8 @@ class Walk:
             values |= {"appointment_id": self.booked[-1], "hold_id": self.held}
         if rpc.method.name == "BookSchedulingRequest" and model.__name__ == "Appointment":
             values["status"] = "BOOKED"
+        if rpc.method.name == "GetClearing" and model.__name__ == "Clearing":
+            values |= {"windows": [[self.clinic, 0, 1]]}  # type: ignore[dict-item]
         if rpc.method.name == "GetVideoRoom":
             values |= {"modality": "VIDEO"}
         if rpc.method.name == "EnrollSession":

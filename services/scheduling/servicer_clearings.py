@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 
 from chassis.calendar import at_local
 from chassis.call import Call
-from chassis.errors import FailedPrecondition, Invalid
+from chassis.errors import FailedPrecondition, Invalid, NotFound
 from chassis.ids import new_id
 from chassis.reading import Rows
 from chassis.timers import wake_after_commit
@@ -56,6 +56,9 @@ class ClearingsServicer(ClearingsServiceServicer):
 
     async def GetClearing(self, request: pb.GetClearingRequest, call: Call) -> pb.Clearing:
         clearing = await call.get(Clearing, request.id)
+        # Why somebody is away, and how many that concerns, is nothing for patients and other clinics.
+        if not call.is_of(*(clinic for clinic, _, _ in clearing.windows)):
+            raise NotFound
         query = (
             select(ClearingVisit.status, func.count())
             .where(ClearingVisit.tenant_id == call.tenant_id, ClearingVisit.clearing_id == clearing.id)
@@ -111,12 +114,13 @@ async def _windows(
 ) -> list[tuple[str, int, int]]:
     """What is cleared at which clinic: whole days by its clock."""
     places = {*(one.clinic_id for one in schedules), *practitioner.clinic_ids}
-    if request.clinic_id:
-        places &= {request.clinic_id}
+    places &= {request.clinic_id} if request.clinic_id else places
+    # Others clear the days at theirs.
+    places = {clinic for clinic in places if call.is_of(clinic)}
     query = select(Clinic.id, Clinic.time_zone).where(Clinic.tenant_id == call.tenant_id, Clinic.id.in_(places))
     zones = {clinic: zone for clinic, zone in (await call.db.execute(query)).tuples() if zone}
     if not places or (request.clinic_id and not zones and not await _exists(call, request.clinic_id)):
-        raise Invalid("CLINIC_UNKNOWN", "The practitioner sees nobody at such a clinic.", field="clinic_id")
+        raise Invalid("CLINIC_UNKNOWN", "The practitioner sees nobody at such a clinic of yours.", field="clinic_id")
     if not zones:
         raise FailedPrecondition("CLINIC_WITHOUT_ZONE", "The clinic has no time zone yet: nothing can be booked.")
     midnight = datetime.min.time()

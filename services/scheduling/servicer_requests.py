@@ -48,14 +48,14 @@ class SchedulingRequestsServicer(SchedulingRequestsServiceServicer):
         if based_on is not None and based_on["type"] != "Referral":
             raise Invalid("BASED_ON_UNKNOWN", "A request is based on a Referral.", field="scheduling_request.based_on")
         labels = await _know(call, values)
+        by_patient = call.caller.kind in ("patient", "related")
         owner = values.pop("owner", None)
-        if owner is not None:
+        if owner is not None and not by_patient:  # who works on it is for staff to say
             await _know_owner(call, owner, "scheduling_request.owner")
         elif call.caller.kind == "staff":
             owner = {"type": "Staff", "id": call.caller.id}
         else:
             owner = {"type": "Pool", "id": await pool_for(call.db, call.tenant_id, values["clinic_id"])}
-        by_patient = call.caller.kind in ("patient", "related")
         if by_patient or values.get("origin") in (None, "ORIGIN_UNSPECIFIED"):
             values["origin"] = "PATIENT" if by_patient else "REFERRAL" if based_on else "STAFF"
         made = SchedulingRequest(id=new_id(), **values)

@@ -9,7 +9,7 @@ from care.scheduling.v1.sessions_pb2_grpc import SessionsServiceServicer
 from sqlalchemy import select
 
 from chassis.call import Call
-from chassis.errors import AlreadyExists, FailedPrecondition, Invalid, LostRace
+from chassis.errors import AlreadyExists, FailedPrecondition, Invalid, LostRace, NotFound
 from chassis.ids import new_id
 from chassis.reading import Rows
 from chassis.wire import enum_names, given_time, plain, to_proto, to_time
@@ -26,6 +26,8 @@ class SessionsServicer(SessionsServiceServicer):
     """Classes and groups."""
 
     async def CreateSession(self, request: pb.CreateSessionRequest, call: Call) -> pb.Session:
+        if not call.is_of(request.clinic_id):
+            raise Invalid("CLINIC_UNKNOWN", "You work at no such clinic.", field="clinic_id")
         start = _whole(to_time(request.start_time))
         place = Place(request.visit_type_id, request.clinic_id, request.practitioner_id, int(start.timestamp()))
         made = Session(
@@ -149,6 +151,9 @@ async def _whole_session(call: Call, session_id: str, etag: str) -> tuple[Sessio
     """
     there = await session.participants(call.db, call.tenant_id, session_id)
     found = await call.get(Session, session_id, etag=etag)
+    # Everybody may find a session and join it; what becomes of all its participants is its own clinic's to decide.
+    if not call.is_of(found.clinic_id):
+        raise NotFound
     found.check_open(call.now)
     enrolled, waiting = (await session.counts(call.db, call.tenant_id, [found.id])).get(found.id, (0, 0))
     past = [one for one in there if one.status is Status.WAITLIST or one.seat_no is not None]

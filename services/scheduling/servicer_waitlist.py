@@ -1,6 +1,6 @@
 """The waitlist over gRPC: entries, the answers to offers, and what the holder of an offer's link may do."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -21,6 +21,7 @@ from services.scheduling.appointment import Appointment, DeceasedPatient, Status
 from services.scheduling.backfill import LOOP
 from services.scheduling.directory import Clinic, Practitioner, VisitType
 from services.scheduling.matching import Slot
+from services.scheduling.measures import FEWEST
 from services.scheduling.waitlist import EntryStatus, OfferStatus, WaitlistEntry, WaitlistOffer, hash_of, parts_of
 
 _NOT_GIVEN = frozenset(
@@ -157,10 +158,7 @@ class WaitlistServicer(WaitlistServiceServicer):
             "end": given_time(request, "end_time") or now,
         }
         slots = (await call.records(_SLOTS, values))[0]
-        groups = [
-            pb.WaitlistMeasures.Group(language=language, age_band=band, outcomes=_outcomes(counts))
-            for language, band, *counts in await call.records(_GROUPS, values)
-        ]
+        groups = _groups(await call.records(_GROUPS, values))
         return pb.WaitlistMeasures(
             freed=slots[0],
             offered_slots=slots[1],
@@ -360,6 +358,18 @@ _GROUPS = (
     .bindparams(*_NAMED)
     .columns(language=Text, age_band=Text, **dict.fromkeys(_COUNTED, BigInteger()))
 )
+
+
+def _groups(rows: Iterable[Sequence[Any]]) -> list[pb.WaitlistMeasures.Group]:
+    """Offers by group; groups of so few that somebody might be recognized are joined into one without a name."""
+    joined: dict[tuple[str, str], list[int]] = {}
+    for language, band, *counts in rows:
+        name = (language, band) if counts[0] >= FEWEST else ("", "")
+        joined[name] = [a + b for a, b in zip(joined.get(name, [0] * len(counts)), counts, strict=True)]
+    return [
+        pb.WaitlistMeasures.Group(language=language, age_band=band, outcomes=_outcomes(counts))
+        for (language, band), counts in sorted(joined.items())
+    ]
 
 
 def _outcomes(counts: Iterable[int]) -> pb.WaitlistMeasures.Outcomes:
