@@ -438,7 +438,9 @@ class _Document:
         if is_map(field):
             return {"en": _EXAMPLES.get(field.name, "Words in English")}
         one = self._one_example(field, depth, inward)
-        return [one] if field.is_repeated and one not in (None, "", {}) else one if not field.is_repeated else []
+        if not field.is_repeated:
+            return one
+        return [] if one in (None, "", {}) else [one] * max(field.GetOptions().Extensions[_RULES].repeated.min_items, 1)
 
     def _one_example(self, field: FieldDescriptor, depth: int, inward: bool) -> Any:
         if field.message_type is None:
