@@ -146,6 +146,17 @@ def _visible(table: str | None) -> TextClause:
 
 
 @cache
+def sees(*, everybody: bool) -> TextClause:
+    """The condition that `patient` of a `tenant` is there, and seen by the caller of `visible`'s parameters or by everybody."""
+    scoped = _visible(None)
+    condition = "" if everybody else f" AND {scoped.text}"
+    clause = text(
+        f"EXISTS (SELECT FROM record_subject WHERE tenant_id = :tenant AND patient_id = :patient{condition})"
+    ).bindparams(bindparam("tenant", type_=Uuid(as_uuid=False)), bindparam("patient", type_=Uuid(as_uuid=False)))
+    return clause if everybody else clause.bindparams(*scoped._bindparams.values())
+
+
+@cache
 def seen(*, everybody: bool) -> TextClause:
     """Which of `patients` of a `tenant` are there, and seen by the caller of `visible`'s parameters or by everybody."""
     scoped = _visible(None)

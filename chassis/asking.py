@@ -1,7 +1,9 @@
-"""What only another service knows: asked with a deadline outside the transaction, whereupon the method begins anew."""
+"""What a method must learn before it goes on: of another service, outside the transaction, or on the way of a statement."""
 
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple
+
+from sqlalchemy import TextClause
 
 Key = tuple[str, str]
 """What is asked (a name in the service's `asks`) and about whom or what."""
@@ -24,3 +26,21 @@ def fact(known: Known, key: Key) -> Any:
     if key not in known:
         raise NeedFact(key)
     return known[key]
+
+
+class Sight(NamedTuple):
+    """Whether the caller may see a patient's record, asked by a statement that asks more: a round trip fewer than `Call.subject`.
+
+    The statement answers `condition`, with `values` beside its own ones, and the answer goes to `check` before anything
+    else of it is looked at.
+    """
+
+    condition: TextClause
+    values: Mapping[str, Any]
+    """`tenant` and `patient` among them."""
+    unseen: Exception
+
+    def check(self, seen: bool) -> None:
+        """Raises NotFound, in the end."""
+        if not seen:
+            raise self.unseen

@@ -11,8 +11,8 @@ from sqlalchemy import ColumnElement, Select, TextClause, Uuid, and_, bindparam,
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
-from chassis.access import Caller, NeedSubject, seen, visible
-from chassis.asking import Known, fact
+from chassis.access import Caller, NeedSubject, seen, sees, visible
+from chassis.asking import Known, Sight, fact
 from chassis.auth import Identity
 from chassis.errors import Aborted, FailedPrecondition, Invalid, NotFound, PermissionDenied, Unauthenticated
 from chassis.model import Act, Aggregate, by_id
@@ -267,6 +267,14 @@ class Call:
         self.saw(patient_id)
         if not await self._seen([patient_id]):
             raise NeedSubject([patient_id], stale=self._unsure())
+
+    def sight(self, patient_id: str) -> Sight:
+        """As `subject`, for a statement that asks more."""
+        self._refuse_link()
+        self.saw(patient_id)
+        condition = sees(everybody=self.caller.kind == "system")
+        unseen = NeedSubject([patient_id], stale=self._unsure())
+        return Sight(condition, {**self._named(), "patient": patient_id}, unseen)
 
     async def has_staff(self, staff_id: str) -> bool:
         """Whether the tenant has this staff, active. Work may be given to colleagues whom the caller doesn't share a patient with."""

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, DateTime, Text, Uuid, bindparam, select, text
+from sqlalchemy import BigInteger, Boolean, DateTime, Text, TextClause, Uuid, bindparam, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.selectable import TextualSelect
 
-from chassis.asking import fact
+from chassis.asking import Sight, fact
 from chassis.errors import AlreadyExists, FailedPrecondition, Invalid, LostRace, PermissionDenied
 from services.scheduling import eligibility, occupancy, policies
 from services.scheduling.appointment import Appointment, Status
@@ -345,12 +347,13 @@ async def look(
     overbooking: Overbooking | None = None,
     moving: str = "",
     terms: Terms = STAFF,
+    sight: Sight | None = None,
 ) -> Chosen:
     """Check what is wanted and choose the resources; nothing is changed, nobody is locked.
 
     `moving` is a holder whose own rows don't count; without a patient it is for a session. Raises as `choose` does.
     """
-    found = await _find(db, tenant_id, patient_id, place, moving or NOBODY)
+    found = await _find(db, tenant_id, patient_id, place, moving or NOBODY, sight=sight)
     notice = 60 * found.visit_type.minimum_notice_minutes
     second = int(now.timestamp())
     found.check(second, second + (notice or -int(walk_in)), terms)
@@ -372,8 +375,11 @@ async def choose(
     overbooking: Overbooking | None = None,
     moving: Appointment | None = None,
     terms: Terms = STAFF,
+    sight: Sight | None = None,
 ) -> Chosen:
     """Check what is wanted and choose the resources. `moving` is an appointment whose own rows don't count.
+
+    `sight` is checked first: whether a patient is busy or dead is nobody's to learn who may not see the record.
 
     `walk_in` is by how many seconds the start may be past where no notice is asked for. Expired holds in the way are
     ended in this very transaction. Who was eligible when the time was promised may move it. Raises Invalid
@@ -385,11 +391,21 @@ async def choose(
     locked: set[int] = set()
     if overbooking is not None and overbooking.permitted:
         # Those who overbook go one after the other, so that each sees the lanes of those before it.
-        locked = {one.no for one in (await _find(db, tenant_id, patient_id, place, own or NOBODY)).candidates}
+        found = await _find(db, tenant_id, patient_id, place, own or NOBODY, sight=sight)
+        locked = {one.no for one in found.candidates}
         locked |= set(await occupancy.numbers(db, tenant_id, own)) if own else set()
         await occupancy.lock(db, sorted(locked))
     chosen = await look(
-        db, tenant_id, patient_id, place, now, walk_in=walk_in, overbooking=overbooking, moving=own, terms=terms
+        db,
+        tenant_id,
+        patient_id,
+        place,
+        now,
+        walk_in=walk_in,
+        overbooking=overbooking,
+        moving=own,
+        terms=terms,
+        sight=sight,
     )
     freed = [own] if own else []
     stale, quotas = chosen.stale, chosen.found.quotas()
@@ -419,7 +435,14 @@ def _known(db: AsyncSession, patient_id: str) -> eligibility.Facts:
 
 
 async def _find(
-    db: AsyncSession, tenant_id: str, patient_id: str | None, place: Place, own: str, *, at_any_hour: bool = False
+    db: AsyncSession,
+    tenant_id: str,
+    patient_id: str | None,
+    place: Place,
+    own: str,
+    *,
+    at_any_hour: bool = False,
+    sight: Sight | None = None,
 ) -> Found:
     """All that a booking must know, in one statement; whoever has no number yet gets one."""
     values = {
@@ -432,7 +455,11 @@ async def _find(
         "start": place.start,
         "language": place.interpreter_language,
     }
-    row = (await db.execute(_FIND, values)).one()
+    if sight is not None:
+        values |= sight.values
+    row = (await db.execute(_finding(sight.condition if sight is not None else None), values)).one()
+    if sight is not None:
+        sight.check(row.in_sight)
     for what in ("visit_type", "clinic", "practitioner"):
         if not getattr(row, f"{what}_known"):
             raise Invalid(f"{what.upper()}_UNKNOWN", f"There is no such {what.replace('_', ' ')}.", field=f"{what}_id")
@@ -614,15 +641,17 @@ STARTED = text(
     new_patient=Boolean, start_time=DateTime(timezone=True),
 )  # fmt: skip
 """Visits that start in a window: what counts against quotas."""
-_FIND = text(f"""
-WITH kind AS (
+_FIND = f"""
+WITH sight AS (
+  SELECT {{sight}} AS whole
+), kind AS (
   SELECT * FROM visit_type WHERE tenant_id = :tenant AND id = :visit_type
 ), seen AS (
   SELECT * FROM practitioner WHERE tenant_id = :tenant AND id = :practitioner
 ), candidate AS (
   SELECT '{_PATIENT}' AS kind, :patient AS ref_id, 0 AS before, 0 AS after,
-         NULL::jsonb AS weekly_hours, NULL::jsonb AS exceptions, NULL::text[] AS languages FROM kind, seen
-   WHERE :patient IS NOT NULL
+         NULL::jsonb AS weekly_hours, NULL::jsonb AS exceptions, NULL::text[] AS languages FROM kind, seen, sight
+   WHERE :patient IS NOT NULL AND whole
   UNION ALL
   SELECT '{_PRACTITIONER}', seen.id, buffer_before_minutes, buffer_after_minutes, NULL, NULL, NULL FROM kind, seen
   UNION ALL
@@ -640,7 +669,7 @@ WITH kind AS (
    ORDER BY c.ref_id
   ON CONFLICT DO NOTHING RETURNING ref_id, no
 )
-SELECT k.id IS NOT NULL AS visit_type_known, k.active AS visit_type_active, k.duration_minutes,
+SELECT (SELECT whole FROM sight) AS in_sight, k.id IS NOT NULL AS visit_type_known, k.active AS visit_type_active, k.duration_minutes,
        k.buffer_before_minutes, k.buffer_after_minutes, k.modality, k.resource_kinds, k.specialty,
        k.minimum_notice_minutes, k.late_cancel_hours, k.overbooking_cap, k.security_labels AS visit_type_labels,
        k.requirements, k.self_booking, k.eligibility, k.licence_required,
@@ -669,14 +698,16 @@ SELECT k.id IS NOT NULL AS visit_type_known, k.active AS visit_type_active, k.du
   LEFT JOIN clinic c ON c.tenant_id = :tenant AND c.id = :clinic
   LEFT JOIN seen p ON true
   LEFT JOIN schedule s ON s.tenant_id = :tenant AND s.practitioner_id = :practitioner AND s.clinic_id = :clinic
-""").bindparams(
+"""
+_FIND_VALUES = (
     *(bindparam(n, type_=_UUID) for n in ("tenant", "patient", "own", "visit_type", "clinic", "practitioner")),
     bindparam("start", type_=BigInteger),
     bindparam("language", type_=Text),
-).columns(
+)
+_FIND_COLUMNS: dict[str, Any] = {
     **{f"{what}_known": Boolean() for what in ("visit_type", "clinic", "practitioner", "schedule")},
-    visit_type_active=Boolean, practitioner_active=Boolean, deceased=Boolean, established=Boolean,
-    licence_required=Boolean,
+    **dict.fromkeys(("in_sight", "visit_type_active", "practitioner_active", "deceased", "established",
+                     "licence_required"), Boolean()),
     **dict.fromkeys(
         ("duration_minutes", "buffer_before_minutes", "buffer_after_minutes", "minimum_notice_minutes",
          "late_cancel_hours", "overbooking_cap"), BigInteger()),
@@ -685,7 +716,17 @@ SELECT k.id IS NOT NULL AS visit_type_known, k.active AS visit_type_active, k.du
                     ARRAY(Text)),
     **dict.fromkeys(("specialty", "roles", "weekly_hours", "exceptions", "candidates", "requirements", "self_booking",
                      "eligibility"), JSONB()),
-)  # fmt: skip
+}  # fmt: skip
+
+
+@cache
+def _finding(sight: TextClause | None) -> TextualSelect:
+    """The statement of `_find`, under a condition on whether the patient may be seen."""
+    statement = text(_FIND.replace("{sight}", sight.text if sight is not None else "true"))
+    more = sight._bindparams.values() if sight is not None else ()
+    return statement.bindparams(*more).bindparams(*_FIND_VALUES).columns(**_FIND_COLUMNS)
+
+
 _FIRST = PACKED.format(no="s.no", lane="0")
 _STALE = text(
     "SELECT DISTINCT o.holder_id FROM unnest(:nos, :starts, :ends) AS s(no, first, last)"

@@ -312,9 +312,6 @@ async def _choose(
     moving: Appointment | None = None,
     terms: booking.Terms = booking.STAFF,
 ) -> booking.Chosen:
-    if moving is None:
-        # First: whether a patient is busy or dead is nobody's to learn who may not see the record.
-        await call.subject(patient_id)
     walk_in = call.runtime.settings.walk_in if call.caller.kind == "staff" else 0  # type: ignore[attr-defined]
     return await booking.choose(
         call.db,
@@ -326,6 +323,7 @@ async def _choose(
         overbooking=overbooking,
         moving=moving,
         terms=terms,
+        sight=call.sight(patient_id) if moving is None else None,
     )
 
 
