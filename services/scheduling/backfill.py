@@ -5,8 +5,8 @@ locked before the appointment that holds it only by who does not wait for the la
 locks the appointment first, as `occupancy.py` says. So nobody who holds one of these waits for somebody who wants it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, time, timedelta
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from prometheus_client import Counter, Histogram
@@ -15,17 +15,16 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
-from chassis import policies
 from chassis.errors import Aborted, FailedPrecondition, LostRace, Problem
 from chassis.ids import new_id
-from chassis.model import Act, Aggregate, by_id
+from chassis.model import Aggregate, by_id
 from chassis.timers import Loop, RunningLoop, due
 from services.scheduling import booking, matching, occupancy
 from services.scheduling.appointment import Appointment, Status
-from services.scheduling.directory import VisitType
-from services.scheduling.matching import Ranked, Rules, Wish
+from services.scheduling.matching import Ranked, Wish
 from services.scheduling.offers import Place
 from services.scheduling.scheduling_request import follow_visit
+from services.scheduling.terms import Terms, terms
 from services.scheduling.waitlist import (
     OPEN,
     EntryStatus,
@@ -55,7 +54,7 @@ _WISHED = (
 )  # fmt: skip
 """The columns of a `Wish`, but for its last one."""
 _STANDING = (Status.BOOKED, Status.ARRIVED, Status.CHECKED_IN, Status.FULFILLED)
-# Refusals that concern one candidate; any other one concerns the slot.
+# Refusals that concern one candidate, as a quota of new patients does; any other one concerns the slot.
 _OF_THE_PATIENT = ("PATIENT_BUSY", "PATIENT_DECEASED", "NOT_ELIGIBLE", "NOT_LICENSED")
 
 
@@ -105,48 +104,6 @@ async def backfill(runtime: "Runtime") -> int:
     async with runtime.database.acting("system:scheduling") as db:
         done = await _hear(db) + await _end_offers(db) + await _end_entries(db)
     return done + await _offer_slots(runtime)
-
-
-# -- what holds --------------------------------------------------------------------------------------------------------
-
-
-class Terms(NamedTuple):
-    """What holds for a slot: when and for how long it may be offered, by which weights, by which policy."""
-
-    rules: Rules
-    weights: Mapping[str, Any]
-    version: int
-
-
-async def terms(
-    db: AsyncSession, tenant_id: str, visit_type_id: str, clinic_id: str | None, now: datetime | None = None
-) -> Terms:
-    """The policy `waitlist` in force, and the visit type's own lock-out where it has one; a read says the time."""
-    settings = db.info["runtime"].settings
-    if now is not None:
-        db.info["act"] = Act("", now)
-    shipped = {
-        **matching.SHIPPED,
-        "lockout_hours": settings.backfill_lockout / 3600,
-        "offer_seconds": settings.offer_standing,
-        "offer_seconds_at_least": settings.offer_standing_at_least,
-        "offers_from": settings.offers_from,
-        "offers_until": settings.offers_until,
-    }
-    policy = await policies.current(
-        db, tenant_id, "waitlist", shipped, clinic=clinic_id or None, visit_type=visit_type_id
-    )
-    kind = await db.get(VisitType, (tenant_id, visit_type_id))
-    own = kind.lock_out_minutes if kind is not None else 0
-    found = policy.settings
-    rules = Rules(
-        timedelta(minutes=own) if own else timedelta(hours=found["lockout_hours"]),
-        timedelta(seconds=found["offer_seconds"]),
-        timedelta(seconds=found["offer_seconds_at_least"]),
-        time.fromisoformat(found["offers_from"]),
-        time.fromisoformat(found["offers_until"]),
-    )
-    return Terms(rules, found, policy.version)
 
 
 # -- offering ----------------------------------------------------------------------------------------------------------
@@ -207,9 +164,10 @@ async def _offer(db: AsyncSession, slot: FreedSlot) -> None:
             continue  # somebody has it in hand, or it got another slot meanwhile
         based_on = await _based_on(db, entry)
         try:
-            chosen = await _choose(db, slot, entry, based_on, now)
+            async with db.begin_nested():  # who can't have it has locked nothing for the next one
+                chosen = await _choose(db, slot, entry, based_on, now)
         except Problem as problem:
-            if problem.reason in _OF_THE_PATIENT:
+            if problem.reason in _OF_THE_PATIENT or problem.metadata.get("new_patients") == "true":
                 continue
             return await _give_up(db, slot, problem)
         return await _hold(db, slot, entry, based_on, candidate, chosen, until, held.version)

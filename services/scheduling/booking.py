@@ -1,6 +1,6 @@
 """Booking: what is wanted is checked against the directory as it is now, resources are chosen, and all are taken at once."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -364,6 +364,16 @@ async def look(
     return Chosen(found, found.choose(overbooking))
 
 
+async def admit(db: AsyncSession, tenant_id: str, patient_id: str, place: Place, terms: Terms = STAFF) -> bool:
+    """Whether somebody new comes to a place that is taken for several; nothing is taken.
+
+    Raises FailedPrecondition `PATIENT_DECEASED`, `NOT_ELIGIBLE`, `NOT_LICENSED`; NeedFact where patients must be asked first.
+    """
+    found = await _find(db, tenant_id, patient_id, place, NOBODY, at_any_hour=True)
+    found.admit(terms, _known(db, patient_id) if found.needs_facts else eligibility.NOTHING)
+    return not found.established
+
+
 async def choose(
     db: AsyncSession,
     tenant_id: str,
@@ -419,7 +429,7 @@ async def choose(
         elif not numbers <= locked:  # a room that has just been added: a second lock would be out of order
             raise LostRace(taken())
     if quotas:
-        await keep_quotas(db, tenant_id, chosen.found, quotas, own)
+        await keep_quotas(db, tenant_id, chosen.found, quotas, [own])
     if stale:
         freed += await end_expired(db, tenant_id, stale)
     return Chosen(chosen.found, chosen.lanes, freed, overbooks=bool(locked))
@@ -542,9 +552,18 @@ def _one_of_each(groups: Sequence[Sequence[Candidate]], cap: int) -> list[Candid
 
 
 async def keep_quotas(
-    db: AsyncSession, tenant_id: str, found: Found, quotas: Sequence[tuple[Quota, Interval]], own: str
+    db: AsyncSession,
+    tenant_id: str,
+    found: Found,
+    quotas: Sequence[tuple[Quota, Interval]],
+    own: Collection[str],
+    beside: Sequence[Found] = (),
 ) -> None:
-    """Raises FailedPrecondition `QUOTA_REACHED`. The practitioner's number is locked: what others took is seen."""
+    """Raises FailedPrecondition `QUOTA_REACHED`. The practitioner's number is locked: what others took is seen.
+
+    `own` are visits that move in the same act and don't count where they are, `beside` those that it takes besides.
+    The error's `new_patients` says whether only new patients are too many.
+    """
     place = found.place
     rows = await db.execute(
         STARTED,
@@ -555,14 +574,28 @@ async def keep_quotas(
             "last": datetime.fromtimestamp(max(end for _, (_, end) in quotas), UTC),
         },
     )
-    started = [row for row in rows if row.clinic_id == place.clinic_id and row.id != own]
-    for quota, (begin, end) in quotas:
-        count = sum(
-            quota.counts(row.visit_type_id, row.new_patient) and begin <= row.start_time.timestamp() < end
-            for row in started
+    where = (place.clinic_id, place.practitioner_id)
+    started = [
+        (row.start_time.timestamp(), row.visit_type_id, row.new_patient)
+        for row in rows
+        if row.clinic_id == place.clinic_id and row.id not in own
+    ]
+    started += [
+        (one.place.start, one.place.visit_type_id, not one.established)
+        for one in beside
+        if (one.place.clinic_id, one.place.practitioner_id) == where
+    ]
+    reached = [
+        quota
+        for quota, (begin, end) in quotas
+        if sum(begin <= at < end and quota.counts(kind, new) for at, kind, new in started) >= quota.at_most
+    ]
+    if reached:
+        raise FailedPrecondition(
+            "QUOTA_REACHED",
+            "As many such visits as the hours permit start there already.",
+            new_patients=str(all(quota.new_patients for quota in reached)).lower(),
         )
-        if count >= quota.at_most:
-            raise FailedPrecondition("QUOTA_REACHED", "As many such visits as the hours permit start there already.")
 
 
 async def end_expired(db: AsyncSession, tenant_id: str, spans: Sequence[Span]) -> list[str]:

@@ -1,7 +1,7 @@
 """Several visits as one: all are looked at, then all are taken in one transaction, or none is and one knows why."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -64,18 +64,20 @@ async def look_at_all(
         sorted({one.place.practitioner_id for one in wanted}),
         sorted({one.place.clinic_id for one in wanted}),
     )
+    moving = [one.moving.id for one in wanted if one.moving is not None]
     # Also where nothing is locked: what is wrong with the place as a whole is told once, not of each visit.
     for place in {one.place._replace(start=0, resource_ids=()): one.place for one in wanted}.values():
         locked |= await booking.numbers(db, tenant_id, patient_id, place)
     if lock:
-        moving = [one.moving.id for one in wanted if one.moving is not None]
         locked |= set(await occupancy.numbers(db, tenant_id, *moving)) if moving else set()
         await occupancy.lock(db, sorted(locked))
-    found = [await _look(db, tenant_id, patient_id, one, now, terms) for one in wanted]
-    for one in found:
-        if lock and one.chosen is not None and not {each.no for each in one.chosen.spans} <= locked:
+    found: list[Looked] = []
+    for one in wanted:
+        looked = await _look(db, tenant_id, patient_id, one, now, terms, found, moving)
+        if lock and looked.chosen is not None and not {each.no for each in looked.chosen.spans} <= locked:
             raise LostRace(booking.taken())  # a room that has just been added: a second lock would be out of order
-    return _apart(found)
+        found.append(looked)
+    return found
 
 
 async def take_all(
@@ -94,10 +96,17 @@ async def take_all(
         raise LostRace(booking.taken())
 
 
-async def near(db: AsyncSession, tenant_id: str, patient_id: str, place: Place, others: Iterable[int]) -> list[Slot]:
+async def near(
+    db: AsyncSession,
+    tenant_id: str,
+    patient_id: str,
+    place: Place,
+    others: Iterable[int],
+    terms: booking.Terms = booking.STAFF,
+) -> list[Slot]:
     """What is free near a place at the same clinic, nearest first; with the same practitioner if there is anything.
 
-    `others` are starts of visits that will stand beside it.
+    `others` are starts of visits that will stand beside it; `terms` those on which it would be booked.
     """
     beside = set(others)
 
@@ -110,6 +119,8 @@ async def near(db: AsyncSession, tenant_id: str, patient_id: str, place: Place, 
             start=start,
             end=place.start + _DAYS_AROUND * DAY,
             patient_id=patient_id,
+            referral=terms.referral,
+            self_service=terms.self_service,
         )
         found = (await free_slots(db, search, _SLOTS_AT_MOST)).slots
         return [
@@ -128,13 +139,25 @@ async def near(db: AsyncSession, tenant_id: str, patient_id: str, place: Place, 
 
 
 async def _look(
-    db: AsyncSession, tenant_id: str, patient_id: str, wanted: Wanted, now: datetime, terms: booking.Terms
+    db: AsyncSession,
+    tenant_id: str,
+    patient_id: str,
+    wanted: Wanted,
+    now: datetime,
+    terms: booking.Terms,
+    before: Sequence[Looked],
+    moving: Sequence[str],
 ) -> Looked:
+    """One of several: what those `before` it take is taken for it, too, and counts against its quotas."""
+    beside = [one.chosen for one in before if one.chosen is not None]
     try:
-        moving = wanted.moving.id if wanted.moving is not None else ""
-        chosen = await booking.look(db, tenant_id, patient_id, wanted.place, now, moving=moving, terms=terms)
+        own = wanted.moving.id if wanted.moving is not None else ""
+        chosen = await booking.look(db, tenant_id, patient_id, wanted.place, now, moving=own, terms=terms)
+        if _meets(chosen, beside):
+            raise booking.busy()
         if quotas := chosen.found.quotas():
-            await booking.keep_quotas(db, tenant_id, chosen.found, quotas, moving)
+            found = [one.found for one in beside]
+            await booking.keep_quotas(db, tenant_id, chosen.found, quotas, moving, found)
         return Looked(wanted, chosen)
     except (AlreadyExists, FailedPrecondition) as problem:
         if problem.reason == "PATIENT_DECEASED":
@@ -142,16 +165,12 @@ async def _look(
         return Looked(wanted, reason=problem.reason)
 
 
-def _apart(found: Sequence[Looked]) -> list[Looked]:
-    """The same, with a reason at those that stand in the way of another one of the same series."""
-    kept: list[Looked] = []
-    taken: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for one in found:
-        spans = one.chosen.spans if one.chosen is not None else []
-        if any(span.start < end and start < span.end for span in spans for start, end in taken.get(span[:2], ())):
-            kept.append(replace(one, chosen=None, reason=booking.busy().reason))
-            continue
-        for span in spans:
-            taken.setdefault(span[:2], []).append((span.start, span.end))
-        kept.append(one)
-    return kept
+def _meets(chosen: Chosen, beside: Sequence[Chosen]) -> bool:
+    """Whether a visit would stand in the way of another one of the same series."""
+    spans = {span[:2]: span for span in chosen.spans}
+    return any(
+        span.start < mine.end and mine.start < span.end
+        for other in beside
+        for span in other.spans
+        if (mine := spans.get(span[:2])) is not None
+    )

@@ -21,6 +21,7 @@ from services.scheduling.scheduling_request import (
     ReferralState,
     SchedulingRequest,
     calendar_of,
+    follow_visits,
     standing_visit,
 )
 from services.scheduling.scheduling_request import Status as Stands
@@ -87,10 +88,11 @@ async def _stop_visits(patient: patients.PatientEvent, event: Event, db: AsyncSe
     visits = list((await db.execute(ahead)).scalars())
     for visit in visits:
         visit.cancel(DECEASED, now)
+    seated: list[Appointment] = []
     sessions = [visit.session_id for visit in visits if visit.session_id is not None]
     if sessions:
         await db.flush()
-        await session.promote(db, event.tenant_id, sessions, now, wait=False)
+        seated = await session.promote(db, event.tenant_id, sessions, now, wait=False)
     if visits:
         await occupancy.free(db, *((one.tenant_id, one.id) for one in visits))
     waiting = (
@@ -111,6 +113,7 @@ async def _stop_visits(patient: patients.PatientEvent, event: Event, db: AsyncSe
     )
     for request in (await db.execute(asked.with_for_update(of=SchedulingRequest, key_share=True))).scalars():
         request.close({"code": "deceased"}, await calendar_of(db, event.tenant_id, request.clinic_id), now)
+    await follow_visits(db, seated, now)
 
 
 @reactions.on("pool.changed", payload=patients.PoolState, shares=True)

@@ -1,10 +1,11 @@
 """Scheduling requests: visits that somebody must still make; each open one has an owner and a due time."""
 
 import enum
+from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, Index, Text, UniqueConstraint, select, text
+from sqlalchemy import BigInteger, ColumnElement, DateTime, Index, Text, UniqueConstraint, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
@@ -290,17 +291,22 @@ async def calendar_of(db: AsyncSession, tenant_id: str, clinic_id: str) -> Calen
 
 async def request_of(db: AsyncSession, tenant_id: str, visit: Appointment) -> SchedulingRequest | None:
     """The request that a visit answers, locked: the one that it names, else that of its referral."""
-    named = next((one["id"] for one in visit.based_on or () if one["type"] == "SchedulingRequest"), None)
-    if named is not None:
-        which = SchedulingRequest.id == named
-    elif visit.referral_id:
-        which = SchedulingRequest.referral_id == visit.referral_id
-    else:
+    which = _which(visit)
+    if which is None:
         return None
     query = select(SchedulingRequest).where(
         SchedulingRequest.tenant_id == tenant_id, which, SchedulingRequest.patient_id == visit.patient_id
     )
     return (await db.execute(query.with_for_update(of=SchedulingRequest, key_share=True))).scalar_one_or_none()
+
+
+def _which(visit: Appointment) -> ColumnElement[bool] | None:
+    named = next((one["id"] for one in visit.based_on or () if one["type"] == "SchedulingRequest"), None)
+    if named is not None:
+        return SchedulingRequest.id == named
+    if visit.referral_id:
+        return SchedulingRequest.referral_id == visit.referral_id
+    return None
 
 
 async def follow_visit(db: AsyncSession, visit: Appointment, now: datetime) -> None:
@@ -317,7 +323,42 @@ async def follow_visit(db: AsyncSession, visit: Appointment, now: datetime) -> N
         if request.is_open:
             request.book(visit.id, calendar, now)
     elif request.status is Status.BOOKED and request.appointment_id == visit.id:
-        request.reopen(calendar, now, visit.status.name.lower().replace("_", "-"))
+        other = await _other_of_series(db, visit)
+        if other is not None:
+            request.appointment_id = other
+        else:
+            request.reopen(calendar, now, visit.status.name.lower().replace("_", "-"))
+
+
+async def follow_visits(db: AsyncSession, visits: Sequence[Appointment], now: datetime) -> None:
+    """As `follow_visit`, for several: one after the other by request, so that nobody waits for somebody who waits."""
+    ordered = {}
+    for visit in visits:
+        if (which := _which(visit)) is not None:
+            query = select(SchedulingRequest.id).where(SchedulingRequest.tenant_id == visit.tenant_id, which)
+            ordered[visit.id] = str((await db.execute(query)).scalar_one_or_none() or "")
+    for visit in sorted(visits, key=lambda one: (ordered.get(one.id, ""), one.start_time)):
+        if ordered.get(visit.id):
+            await follow_visit(db, visit, now)
+            await db.flush()  # two versions of the request for two steps
+
+
+async def _other_of_series(db: AsyncSession, visit: Appointment) -> str | None:
+    """The first visit of the same series that still stands: then nobody need make another one."""
+    if visit.series_id is None:
+        return None
+    query = (
+        select(Appointment.id)
+        .where(
+            Appointment.tenant_id == visit.tenant_id,
+            Appointment.series_id == visit.series_id,
+            Appointment.id != visit.id,
+            Appointment.status.in_(LIVE),
+        )
+        .order_by(Appointment.start_time)
+        .limit(1)
+    )
+    return (await db.execute(query)).scalar_one_or_none()
 
 
 async def standing_visit(db: AsyncSession, tenant_id: str, patient_id: str, referral_id: str) -> str | None:

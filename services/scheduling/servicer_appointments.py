@@ -19,7 +19,7 @@ from services.scheduling import booking, days, occupancy, offers, policies, sess
 from services.scheduling.appointment import Appointment, Status
 from services.scheduling.directory import Clinic, VisitType
 from services.scheduling.offers import Place
-from services.scheduling.scheduling_request import follow_visit
+from services.scheduling.scheduling_request import follow_visit, follow_visits
 
 
 class Wanting(Protocol):
@@ -365,10 +365,13 @@ async def _answer(call: Call, appointment: Appointment) -> pb.Appointment:
 
 
 async def _freed(call: Call, appointment: Appointment) -> pb.Appointment:
+    seated: list[Appointment] = []
     if appointment.session_id is not None:
         await call.db.flush()  # the seat is given back before it is given away
-        await session.promote(call.db, appointment.tenant_id, [appointment.session_id], call.now)
+        seated = await session.promote(call.db, appointment.tenant_id, [appointment.session_id], call.now)
     await occupancy.free(call.db, (appointment.tenant_id, appointment.id))
+    if seated:
+        await follow_visits(call.db, [appointment, *seated], call.now)
     return await _answer(call, appointment)
 
 

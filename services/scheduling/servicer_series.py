@@ -21,6 +21,7 @@ from services.scheduling.appointment import Appointment
 from services.scheduling.directory import Clinic
 from services.scheduling.offers import Place
 from services.scheduling.placing import Looked, Wanted, look_at_all, near, take_all
+from services.scheduling.scheduling_request import follow_visit, follow_visits
 from services.scheduling.series import Scope, Series, anchor, following, local, touched
 from services.scheduling.servicer_appointments import check_self_service, is_self_service, offer_signer
 
@@ -34,13 +35,13 @@ class SeriesServicer(SeriesServiceServicer):
 
     async def PreviewSeries(self, request: pb.PreviewSeriesRequest, call: Call) -> pb.SeriesOutcome:
         _, looked, skipped = await _looked_up(request.series, call, lock=False)
-        return await _report(call, request.series.patient_id, looked, skipped)
+        return await _report(call, request.series.patient_id, _terms(request.series, call), looked, skipped)
 
     async def CreateSeries(self, request: pb.CreateSeriesRequest, call: Call) -> pb.SeriesOutcome:
         series, looked, skipped = await _looked_up(request, call, lock=True)
         fits = [one for one in looked if one.chosen is not None]
         if not fits or (len(fits) < len(looked) and request.on_conflict != Request.BOOK_WHAT_FITS):
-            return await _report(call, request.patient_id, looked, skipped)
+            return await _report(call, request.patient_id, _terms(request, call), looked, skipped)
         taken = []
         for part, one in enumerate(fits, 1):
             assert one.chosen is not None
@@ -64,8 +65,11 @@ class SeriesServicer(SeriesServiceServicer):
         call.db.add_all([series, *(visit for visit, _ in taken)])
         await call.db.flush()
         await take_all(call.db, call.tenant_id, taken)
+        if request.based_on:
+            await follow_visit(call.db, taken[0][0], call.now)
+            await call.db.flush()
         booked = {visit.series_number: visit.id for visit, _ in taken}
-        return await _report(call, request.patient_id, looked, skipped, booked, series)
+        return await _report(call, request.patient_id, _terms(request, call), looked, skipped, booked, series)
 
     async def RescheduleSeries(self, request: pb.RescheduleSeriesRequest, call: Call) -> pb.SeriesOutcome:
         series = await call.get(Series, request.id, etag=request.etag)
@@ -81,6 +85,8 @@ class SeriesServicer(SeriesServiceServicer):
         zone = await _zone(call, request.clinic_id) if request.clinic_id else series.time_zone
         move = _Move(request, series, zone, alone=scope is Scope.THIS)
         wanted = [Wanted(visit.series_number or 0, move.place(visit), visit) for visit in chosen]
+        based_on = [one for visit in chosen for one in visit.based_on or ()]
+        terms = booking.Terms(is_self_service(call), referral=booking.has_referral(based_on))
         looked = await look_at_all(
             call.db,
             call.tenant_id,
@@ -88,10 +94,10 @@ class SeriesServicer(SeriesServiceServicer):
             wanted,
             call.now,
             lock=not request.validate_only,
-            terms=booking.Terms(is_self_service(call)),
+            terms=terms,
         )
         if request.validate_only or not looked or any(one.chosen is None for one in looked):
-            return await _report(call, series.patient_id, looked, [])
+            return await _report(call, series.patient_id, terms, looked, [])
         taken = []
         for part, one in enumerate(looked, 1):
             assert one.wanted.moving is not None and one.chosen is not None
@@ -106,7 +112,7 @@ class SeriesServicer(SeriesServiceServicer):
         await call.db.flush()
         await take_all(call.db, call.tenant_id, taken, moving=True)
         booked = {visit.series_number or 0: visit.id for visit, _ in taken}
-        return await _report(call, series.patient_id, looked, [], booked, kept)
+        return await _report(call, series.patient_id, terms, looked, [], booked, kept)
 
     async def CancelSeries(self, request: pb.CancelSeriesRequest, call: Call) -> pb.SeriesOutcome:
         series = await call.get(Series, request.id, etag=request.etag)
@@ -126,6 +132,8 @@ class SeriesServicer(SeriesServiceServicer):
             series.shorten(str(series.read_rule.ending(last)), len(chosen))
         if chosen:
             await occupancy.free(call.db, *((visit.tenant_id, visit.id) for visit in chosen))
+        await call.db.flush()
+        await follow_visits(call.db, chosen, call.now)
         await call.db.flush()
         answer = pb.SeriesOutcome(booked=bool(chosen), series=to_proto(series, pb.Series))
         for visit in chosen:
@@ -254,7 +262,7 @@ async def _looked_up(
             if place.visit_type_id != request.visit_type_id:
                 raise Invalid("OFFER_INVALID", "The offer is for another visit type.", field="choices.offer_token")
         (skipped if choices.get(number) == "" else wanted).append(Wanted(number, place, local=at))
-    terms = booking.Terms(is_self_service(call), referral=any(one.type == "Referral" for one in request.based_on))
+    terms = _terms(request, call)
     looked = await look_at_all(call.db, call.tenant_id, request.patient_id, wanted, call.now, lock=lock, terms=terms)
     series = Series(
         tenant_id=call.tenant_id,
@@ -268,6 +276,10 @@ async def _looked_up(
         time_zone=zone,
     )
     return series, looked, skipped
+
+
+def _terms(request: pb.CreateSeriesRequest, call: Call) -> booking.Terms:
+    return booking.Terms(is_self_service(call), referral=any(one.type == "Referral" for one in request.based_on))
 
 
 async def _check_self_service(call: Call, verb: str, visits: Sequence[Appointment]) -> None:
@@ -300,6 +312,7 @@ async def _zone(call: Call, clinic_id: str) -> str:
 async def _report(
     call: Call,
     patient_id: str,
+    terms: booking.Terms,
     looked: Sequence[Looked],
     skipped: Sequence[Wanted],
     booked: dict[int, str] | None = None,
@@ -316,7 +329,7 @@ async def _report(
         more: dict[str, Any] = {"reason": one.reason, "appointment_id": (booked or {}).get(one.wanted.number, "")}
         if one.chosen is None and left:
             left -= 1
-            more["alternatives"] = await _alternatives(call, patient_id, one.wanted.place, fitting)
+            more["alternatives"] = await _alternatives(call, patient_id, one.wanted.place, fitting, terms)
         rows.append((one.wanted, more))
     for wanted, more in sorted(rows, key=lambda row: row[0].number):
         occurrence = pb.Occurrence(number=wanted.number, **more)
@@ -326,13 +339,13 @@ async def _report(
 
 
 async def _alternatives(
-    call: Call, patient_id: str, place: Place, others: Sequence[int]
+    call: Call, patient_id: str, place: Place, others: Sequence[int], terms: booking.Terms
 ) -> list[appointments_pb2.Slot]:
     signer = offer_signer(call)
     expires = int(call.now.timestamp()) + int(call.runtime.settings.offer_lifetime)  # type: ignore[attr-defined]
     zone = await _zone(call, place.clinic_id)
     found = []
-    for slot in await near(call.db, call.tenant_id, patient_id, place, others):
+    for slot in await near(call.db, call.tenant_id, patient_id, place, others, terms):
         offered = Place(place.visit_type_id, slot.clinic_id, slot.practitioner_id, slot.start, slot.resource_ids)
         one = to_proto(
             slot,

@@ -14,12 +14,15 @@ from chassis.ids import new_id
 from chassis.reading import Rows
 from chassis.wire import enum_names, given_time, plain, to_proto, to_time
 from services.scheduling import booking, occupancy, policies, session
-from services.scheduling.appointment import Appointment, DeceasedPatient, Status
+from services.scheduling.appointment import Appointment, Status
 from services.scheduling.directory import VisitType
 from services.scheduling.occupancy import Taking
 from services.scheduling.offers import Place
+from services.scheduling.scheduling_request import follow_visit, follow_visits
 from services.scheduling.servicer_appointments import is_self_service
 from services.scheduling.session import Session
+
+_GONE = (Status.CANCELLED, Status.ENTERED_IN_ERROR)
 
 
 class SessionsServicer(SessionsServiceServicer):
@@ -55,22 +58,24 @@ class SessionsServicer(SessionsServiceServicer):
             )
             policy = (await call.db.execute(kinds)).scalar_one_or_none()
             policies.check("book", policy, int(found.start_time.timestamp()), int(call.now.timestamp()))
-        dead = select(DeceasedPatient).where(
-            DeceasedPatient.tenant_id == call.tenant_id, DeceasedPatient.patient_id == request.patient_id
+        terms = booking.Terms(
+            is_self_service(call),
+            referral=any(one.type == "Referral" for one in request.based_on),
+            payer=request.payer,
         )
-        if (await call.db.execute(dead)).first() is not None:
-            raise FailedPrecondition("PATIENT_DECEASED", "Nothing is booked for somebody who has died.")
+        is_new = await booking.admit(call.db, call.tenant_id, request.patient_id, found.taken_at, terms)
         own = select(Appointment.id).where(
             Appointment.tenant_id == call.tenant_id,
             Appointment.session_id == found.id,
             Appointment.patient_id == request.patient_id,
-            Appointment.status.not_in([Status.CANCELLED, Status.ENTERED_IN_ERROR]),
+            Appointment.status.not_in(_GONE),
         )
         if (await call.db.execute(own)).first() is not None:
             raise AlreadyExists("ALREADY_ENROLLED", "The patient has a place in this session.")
         appointment = Appointment(
-            tenant_id=call.tenant_id, id=new_id(), patient_id=request.patient_id, session_id=found.id
-        )
+            tenant_id=call.tenant_id, id=new_id(), patient_id=request.patient_id, session_id=found.id,
+            based_on=[plain(one) for one in request.based_on], new_patient=is_new,
+        )  # fmt: skip
         appointment.place(**found.values(request.patient_id))
         appointment.seat_no = await session.seat(call.db, found)
         if appointment.seat_no is None:
@@ -84,6 +89,9 @@ class SessionsServicer(SessionsServiceServicer):
         await call.db.flush()
         if appointment.seat_no is not None and not await session.take(call.db, found, appointment):
             raise booking.busy()
+        if appointment.based_on:
+            await follow_visit(call.db, appointment, call.now)
+            await call.db.flush()
         return to_proto(appointment, appointments_pb2.Appointment)
 
     async def RescheduleSession(self, request: pb.RescheduleSessionRequest, call: Call) -> pb.Session:
@@ -126,6 +134,7 @@ class SessionsServicer(SessionsServiceServicer):
         found.cancel(request.reason.code)
         await call.db.flush()
         await occupancy.free(call.db, *((call.tenant_id, one.id) for one in [found, *there]))
+        await follow_visits(call.db, there, call.now)
         return await _shown(call, found)
 
     async def GetSession(self, request: pb.GetSessionRequest, call: Call) -> pb.Session:
@@ -149,11 +158,14 @@ async def _whole_session(call: Call, session_id: str, etag: str) -> tuple[Sessio
 
     Whoever came in between is not waited for while the session is locked: then all is tried once more.
     """
+    # Everybody may find a session and join it; what becomes of all its participants is its own clinic's to decide. Where it
+    # is never changes, so it is known before anything is locked.
+    where = select(Session.clinic_id).where(Session.tenant_id == call.tenant_id, Session.id == session_id)
+    clinic_id = (await call.db.execute(where)).scalar_one_or_none()
+    if clinic_id is None or not call.is_of(clinic_id):
+        raise NotFound
     there = await session.participants(call.db, call.tenant_id, session_id)
     found = await call.get(Session, session_id, etag=etag)
-    # Everybody may find a session and join it; what becomes of all its participants is its own clinic's to decide.
-    if not call.is_of(found.clinic_id):
-        raise NotFound
     found.check_open(call.now)
     enrolled, waiting = (await session.counts(call.db, call.tenant_id, [found.id])).get(found.id, (0, 0))
     past = [one for one in there if one.status is Status.WAITLIST or one.seat_no is not None]
@@ -168,12 +180,36 @@ async def _shown(call: Call, found: Session) -> pb.Session:
 
 
 async def _all_shown(call: Call, rows: Sequence[Session]) -> list[pb.Session]:
-    known = await session.counts(call.db, call.tenant_id, [one.id for one in rows]) if rows else {}
+    if not rows:
+        return []
+    known = await session.counts(call.db, call.tenant_id, [one.id for one in rows])
+    names = await _names(call, rows)
     shown = []
     for one in rows:
         enrolled, waiting = known.get(one.id, (0, 0))
-        shown.append(to_proto(one, pb.Session, enrolled=enrolled, waiting=waiting))
+        shown.append(to_proto(one, pb.Session, enrolled=enrolled, waiting=waiting, name=names[one.id]))
     return shown
+
+
+async def _names(call: Call, rows: Sequence[Session]) -> dict[str, str]:
+    """What each is called for this caller: "Moving on after miscarriage" is nothing for everybody who may look for times."""
+    theirs: set[str | None] = set()
+    if is_self_service(call):
+        seats = Rows(Appointment).among(Appointment.session_id, [one.id for one in rows])
+        seats.among(Appointment.status, [status.name for status in Status if status not in _GONE])
+        theirs = {one.session_id for one in await call.all(seats)}
+    knows = call.caller.kind == "staff" and call.allows("directory.read")
+    named = {
+        one.id: one.name
+        for one in rows
+        if one.id in theirs or (knows and set(one.security_labels or ()) <= set(call.caller.clearances))
+    }
+    hidden = {one.visit_type_id for one in rows if one.id not in named}
+    kinds = select(VisitType.id, VisitType.discreet_name).where(
+        VisitType.tenant_id == call.tenant_id, VisitType.id.in_(hidden)
+    )
+    discreet = dict((await call.db.execute(kinds)).tuples().all()) if hidden else {}
+    return {one.id: named.get(one.id, discreet.get(one.visit_type_id, "")) for one in rows}
 
 
 def _whole(start: datetime) -> datetime:

@@ -22,6 +22,7 @@ from services.scheduling.backfill import LOOP
 from services.scheduling.directory import Clinic, Practitioner, VisitType
 from services.scheduling.matching import Slot
 from services.scheduling.measures import FEWEST
+from services.scheduling.terms import terms
 from services.scheduling.waitlist import EntryStatus, OfferStatus, WaitlistEntry, WaitlistOffer, hash_of, parts_of
 
 _NOT_GIVEN = frozenset(
@@ -100,7 +101,7 @@ class WaitlistServicer(WaitlistServiceServicer):
     async def GetWaitlistScore(self, request: pb.GetWaitlistScoreRequest, call: Call) -> pb.WaitlistScore:
         entry = await call.get(WaitlistEntry, request.id)
         now = (await call.db.execute(select(func.clock_timestamp()))).scalar_one()
-        held = await backfill.terms(call.db, call.tenant_id, entry.visit_type_id, request.clinic_id or None, now)
+        held = await terms(call.db, call.tenant_id, entry.visit_type_id, request.clinic_id or None, now)
         before = None
         if entry.appointment_id is not None:
             older = select(Appointment.start_time).where(

@@ -17,6 +17,8 @@ from services.scheduling import booking, occupancy
 from services.scheduling.appointment import Appointment, Status
 from services.scheduling.directory import Base
 from services.scheduling.occupancy import Span
+from services.scheduling.offers import Place
+from services.scheduling.terms import terms
 
 
 class SessionStatus(enum.StrEnum):
@@ -85,6 +87,11 @@ class Session(Living, Base):
             "overbooking": 0,
             "participants": [{**patient, "period": period}],
         }
+
+    @property
+    def taken_at(self) -> Place:
+        """Where and when, as a booking takes it."""
+        return Place(self.visit_type_id, self.clinic_id, self.practitioner_id, int(self.start_time.timestamp()))
 
     def span(self, no: int) -> Span:
         """The time for which a participant is taken."""
@@ -159,12 +166,14 @@ async def take(db: AsyncSession, session: Session, appointment: Appointment) -> 
 
 async def promote(
     db: AsyncSession, tenant_id: str, session_ids: Sequence[str], now: datetime, *, wait: bool = True
-) -> None:
-    """Give each free seat of these sessions to the first on the waitlist who has the time.
+) -> list[Appointment]:
+    """Give each free seat of these sessions to the first on the waitlist who has the time; answers who moved up.
 
     In the transaction that gave a seat back, and before it gives back the patient's time. At most one patient's time is
-    taken for a session; `wait` false raises where somebody has a session in hand.
+    taken for a session; `wait` false raises where somebody has a session in hand. Within the lock-out before the start
+    nobody moves up: who waits would learn of it too late.
     """
+    seated: list[Appointment] = []
     query = (
         select(Session)
         .where(Session.tenant_id == tenant_id, Session.id.in_(session_ids))
@@ -174,12 +183,17 @@ async def promote(
     for session in (await db.execute(query)).scalars().all():
         if session.status is not SessionStatus.SCHEDULED or session.start_time <= now:
             continue
+        held = await terms(db, tenant_id, session.visit_type_id, session.clinic_id)
+        if session.start_time - held.rules.lockout <= now:
+            continue
         free = await seat(db, session)
         for waiting in await participants(db, tenant_id, session.id, waiting=True) if free is not None else ():
             if await take(db, session, waiting):
                 waiting.seat(free)
                 await db.flush()
+                seated.append(waiting)
                 break
+    return seated
 
 
 _UUID = Uuid(as_uuid=False)

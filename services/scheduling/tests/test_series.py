@@ -5,15 +5,17 @@ from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
-from care.scheduling.v1 import appointments_pb2
+from care.scheduling.v1 import appointments_pb2, requests_pb2
 from care.scheduling.v1 import series_pb2 as pb
+from care.scheduling.v1.requests_pb2_grpc import SchedulingRequestsServiceStub
 from care.scheduling.v1.series_pb2_grpc import SeriesServiceStub
 from sqlalchemy.exc import DBAPIError
 
 from chassis.errors import LostRace
+from chassis.ids import new_id
 from services.scheduling.offers import Place
 from services.scheduling.placing import Wanted, look_at_all
-from services.scheduling.tests.desk import refused, soon
+from services.scheduling.tests.desk import WORK, refused, soon
 
 ZONE = ZoneInfo("America/New_York")
 THIS, FOLLOWING, ALL = pb.SeriesScope.THIS, pb.SeriesScope.THIS_AND_FOLLOWING, pb.SeriesScope.ALL
@@ -466,3 +468,66 @@ async def test_series_that_want_practitioners_of_no_number_crosswise_do_not_dead
     # Somebody else may have given out the number a moment ago: that is tried again, and nobody waited in a circle.
     assert all(one is None or isinstance(one, LostRace) for one in outcomes)
     assert (await series_desk.sql(DEADLOCKS))[0][0] == deadlocks
+
+
+# -- what a series counts against, and what it answers ----------------------------------------------------------------
+
+
+async def test_visits_of_one_series_count_against_each_others_quota(series_desk):
+    """Of a day two visits may start: three choices of one series on that day are one too many."""
+    rule = "FREQ=WEEKLY;BYDAY=MO;COUNT=3"
+    day = [{"weekday": day, "start": "00:00", "end": "00:00", "quotas": [{"at_most": 2}]} for day in range(1, 8)]
+    doctor = await series_desk.a_practitioner("Two", day)
+    offered = (await series_desk.search(practitioner_ids=[doctor], start_time=at(monday(5), "12:00"))).slots[:6:2]
+    same_day = [{"number": number, "offer_token": slot.offer_token} for number, slot in enumerate(offered, 1)]
+    wish = series_desk.wish(await series_desk.a_patient(), f"{monday()}T09:00", rule, doctor, choices=same_day)
+    seen = await series_desk.ask("PreviewSeries", pb.PreviewSeriesRequest(series=wish))
+    assert [one.reason for one in seen.occurrences] == ["", "", "QUOTA_REACHED"]
+    whole = await series_desk.ask("CreateSeries", wish)
+    assert not whole.booked and whole.conflicts == 1
+
+
+async def test_a_series_answers_the_request_for_a_visit_until_its_last_one_falls_through(series_desk):
+    rita = await series_desk.desk.harness.staff(
+        "rosa", [*WORK, "requests.ask", "requests.read", "requests.work"], clinics=[series_desk.clinic]
+    )
+    assert rita
+
+    async def requests(method, request):
+        return await series_desk.desk.harness.call("scheduling", SchedulingRequestsServiceStub, method, request, "rosa")
+
+    patient, doctor = await series_desk.a_patient(), await series_desk.a_practitioner("Asked")
+    wanted = requests_pb2.SchedulingRequest(patient_id=patient, clinic_id=series_desk.clinic)
+    asked = await requests(
+        "CreateSchedulingRequest", requests_pb2.CreateSchedulingRequestRequest(scheduling_request=wanted)
+    )
+    named = [{"type": "SchedulingRequest", "id": asked.id}]
+    rule = "FREQ=WEEKLY;COUNT=3"
+    outcome = await series_desk.book_series(patient, f"{monday()}T09:00", rule, doctor, based_on=named)
+    visits = await series_desk.visits(outcome.series)
+    read = requests_pb2.GetSchedulingRequestRequest(id=asked.id)
+    booked = await requests("GetSchedulingRequest", read)
+    assert (booked.status, booked.appointment_id) == (requests_pb2.SchedulingRequest.BOOKED, visits[0].id)
+    await series_desk.desk.do("Cancel", visits[0], reason={"code": "pat"})
+    still = await requests("GetSchedulingRequest", read)
+    assert (still.status, still.appointment_id) == (requests_pb2.SchedulingRequest.BOOKED, visits[1].id)
+    await series_desk.cancel(outcome.series, ALL)
+    again = await requests("GetSchedulingRequest", read)
+    assert (again.status, again.appointment_id) == (requests_pb2.SchedulingRequest.OPEN, "")
+
+
+async def test_what_is_free_near_a_conflict_counts_the_referral(series_desk):
+    """Of a visit type that needs a referral nothing was shown near a conflict, though the series had one."""
+    visit = await series_desk.a_visit_type(f"referred-{new_id()}", eligibility={"referral_required": True})
+    doctor = await series_desk.a_practitioner("Referred")
+    day = monday()
+    named = [{"type": "Referral", "id": new_id()}]
+    await series_desk.book(
+        await series_desk.a_patient(), at(day, "09:00"), doctor, visit_type_id=visit, based_on=named
+    )  # fmt: skip
+    wish = series_desk.wish(
+        await series_desk.a_patient(), f"{day}T09:00", "FREQ=WEEKLY;COUNT=2", doctor, visit_type_id=visit,
+        based_on=named,
+    )  # fmt: skip
+    seen = await series_desk.ask("PreviewSeries", pb.PreviewSeriesRequest(series=wish))
+    assert [one.reason for one in seen.occurrences] == ["SLOT_TAKEN", ""] and seen.occurrences[0].alternatives

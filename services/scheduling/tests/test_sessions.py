@@ -4,10 +4,13 @@ import asyncio
 from datetime import timedelta
 
 import pytest
-from care.scheduling.v1 import appointments_pb2
+from care.scheduling.v1 import appointments_pb2, requests_pb2
 from care.scheduling.v1 import sessions_pb2 as pb
+from care.scheduling.v1.requests_pb2_grpc import SchedulingRequestsServiceStub
 from care.scheduling.v1.sessions_pb2_grpc import SessionsServiceStub
+from sqlalchemy import text
 
+from chassis.ids import new_id
 from services.scheduling.tests.desk import WORK, refused, soon
 
 DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
@@ -157,3 +160,104 @@ async def test_forty_patients_for_ten_seats(desk, sessions):
     seats = [one.seat_no for one in await sessions.seats(session) if one.status == Status.BOOKED]
     assert len(seats) == len(set(seats)) and set(seats) <= set(range(1, 11))
     assert (await desk.sql(DEADLOCKS))[0][0] == deadlocks
+
+
+async def test_who_may_not_have_such_a_visit_has_no_seat_either(desk, sessions):
+    """A class for established patients, with a referral: the rules of its visit type are the seat's."""
+    usual = desk.visit
+    desk.visit = await desk.a_visit_type(f"class-{new_id()}", eligibility={"referral_required": True})
+    try:
+        session = await sessions.make()
+        patient = await desk.a_patient()
+        assert await refused(sessions.enroll(session, patient)) == "NOT_ELIGIBLE"
+        request = pb.EnrollSessionRequest(
+            id=session.id, patient_id=patient, based_on=[{"type": "Referral", "id": new_id()}]
+        )
+        seat = await sessions.ask("EnrollSession", request)
+        assert (seat.seat_no, seat.based_on[0].type) == (1, "Referral")
+    finally:
+        desk.visit = usual
+
+
+async def test_within_the_lock_out_nobody_moves_up(desk, sessions):
+    usual = desk.visit
+    desk.visit = await desk.a_visit_type(f"late-class-{new_id()}", lock_out_minutes=10 * 24 * 60)
+    try:
+        session = await sessions.make(capacity=1)
+        first = await sessions.enroll(session, await desk.a_patient())
+        waits = await sessions.enroll(session, await desk.a_patient(), waitlist=True)
+        await desk.do("Cancel", first, reason={"code": "pat"})
+        shown = {one.id: one.status for one in await sessions.seats(session)}
+        assert shown[waits.id] == Status.WAITLIST
+        assert (await sessions.enroll(session, await desk.a_patient())).seat_no == 1  # by hand it is to be had
+    finally:
+        desk.visit = usual
+
+
+async def test_a_seat_answers_the_request_for_a_visit_also_when_it_is_had_by_moving_up(desk, sessions):
+    await desk.harness.staff("rolf", ["requests.ask", "requests.read"], clinics=[desk.clinic])
+
+    async def requests(method, request):
+        return await desk.harness.call("scheduling", SchedulingRequestsServiceStub, method, request, "rolf")
+
+    async def wait_for(patient):
+        wanted = requests_pb2.SchedulingRequest(patient_id=patient, clinic_id=desk.clinic)
+        asked = await requests(
+            "CreateSchedulingRequest", requests_pb2.CreateSchedulingRequestRequest(scheduling_request=wanted)
+        )
+        request = pb.EnrollSessionRequest(
+            id=session.id, patient_id=patient, join_waitlist=True,
+            based_on=[{"type": "SchedulingRequest", "id": asked.id}],
+        )  # fmt: skip
+        return asked, await sessions.ask("EnrollSession", request)
+
+    async def stands(asked):
+        found = await requests("GetSchedulingRequest", requests_pb2.GetSchedulingRequestRequest(id=asked.id))
+        return requests_pb2.SchedulingRequest.Status.Name(found.status)
+
+    session = await sessions.make(capacity=1)
+    (one, seat), (other, _) = await wait_for(await desk.a_patient()), await wait_for(await desk.a_patient())
+    assert (await stands(one), await stands(other)) == ("BOOKED", "OPEN")
+    await desk.do("Cancel", seat, reason={"code": "pat"})
+    assert (await stands(one), await stands(other)) == ("OPEN", "BOOKED")
+    await sessions.ask("CancelSession", pb.CancelSessionRequest(id=session.id, reason={"code": "prov"}))
+    assert await stands(other) == "OPEN"
+
+
+async def test_what_a_session_is_called_is_for_who_takes_part_and_for_staff_who_may_know(desk, sessions):
+    """A name such as "Moving on after miscarriage" says of each who comes why; times are looked for by anybody."""
+    usual = desk.visit
+    desk.visit = await desk.a_visit_type(f"group-{new_id()}", discreet_name="Group", security_labels=["ETH"])
+    try:
+        await desk.harness.staff("clara", [*WORK, "sessions.write"], clinics=[desk.clinic], clearances=["ETH"])
+        session = await sessions.make()
+    finally:
+        desk.visit = usual
+    member, stranger = await desk.a_patient(), await desk.a_patient()
+    request = pb.EnrollSessionRequest(id=session.id, patient_id=member)
+    await sessions.ask("EnrollSession", request, "clara")
+    read = ["appointments.read", "availability.search"]
+    await desk.harness.staff("minna", read, kind="PATIENT", principal_id=member)
+    await desk.harness.staff("stella", read, kind="PATIENT", principal_id=stranger)
+    await desk.harness.staff("bot", ["availability.search"], clinics=[desk.clinic], clearances=["ETH"])
+    names = {who: (await sessions.get(session, who)).name for who in ("clara", "tess", "stella", "bot")}
+    assert names == {"clara": "Moving well", "tess": "Group", "stella": "Group", "bot": "Group"}
+    assert (await sessions.get(await sessions.make())).name == "Moving well"
+    # The seat is labelled like its visit type; a patient reads all of their own.
+    assert (await sessions.get(session, "minna")).name == "Moving well"
+    listed = await sessions.ask(
+        "ListSessions", pb.ListSessionsRequest(visit_type_ids=[session.visit_type_id]), "stella"
+    )
+    assert [one.name for one in listed.sessions] == ["Group"]
+
+
+async def test_other_clinics_staff_lock_nothing_of_a_session_that_isnt_theirs_to_move(desk, sessions):
+    """They were refused, but only once all who take part had been locked."""
+    session = await sessions.make()
+    seat = await sessions.enroll(session, await desk.a_patient())
+    await desk.harness.staff("olga", [*WORK, "sessions.write"], clinics=[new_id()])
+    cancel = pb.CancelSessionRequest(id=session.id, reason={"code": "prov"})
+    async with desk.database.engine.begin() as connection:  # somebody has the seat in hand
+        await connection.execute(text("SELECT 1 FROM appointment WHERE id = :id FOR UPDATE"), {"id": seat.id})
+        async with asyncio.timeout(2):
+            assert await refused(sessions.ask("CancelSession", cancel, "olga")) == "NOT_FOUND"

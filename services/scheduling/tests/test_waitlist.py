@@ -14,7 +14,7 @@ from chassis.ids import new_id
 from chassis.testing.harness import Harness
 from services.scheduling.backfill import preview
 from services.scheduling.service import SERVICE
-from services.scheduling.tests.desk import refused, soon
+from services.scheduling.tests.desk import ALWAYS, refused, soon
 from services.scheduling.tests.waiting import ALWAYS_OPEN, WaitingDesk
 
 PATIENT_CANCELS = {"code": "pat"}
@@ -565,3 +565,22 @@ async def test_what_became_of_slots_and_offers_is_counted_by_groups_none_of_whic
         ("", "", 1, 1),
     ]
     assert (found.outcomes.offered, found.outcomes.accepted, found.outcomes.declined) == (2, 1, 1)
+
+
+async def test_a_quota_that_one_candidate_would_break_leaves_the_slot_to_the_next_who_fits(desk):
+    """Of new patients one may start in the block, and one does: who is established has the freed slot still."""
+    hours = [{**one, "quotas": [{"at_most": 1, "new_patients": True}]} for one in ALWAYS]
+    desk.doctor = await desk.a_practitioner(f"Scarce{new_id()}", hours)
+    known = await desk.a_patient()
+    for hour, patient in enumerate((known, someone := await desk.a_patient())):
+        seen = await desk.book(patient, soon(3, 9 + hour), desk.other)
+        await desk.sql("UPDATE appointment SET status = 'FULFILLED' WHERE id = :id", id=seen.id)
+        await desk.shift(seen, timedelta(days=-10))
+    start = soon(5, 15)
+    visit = await desk.book(someone, start)
+    await desk.book(await desk.a_patient(), soon(5, 17))  # the one place that new patients have
+    fresh, established = await desk.enlist(priority="URGENT"), await desk.enlist(known)
+    await desk.do("Cancel", visit, reason=PATIENT_CANCELS)
+    await desk.until(established, "OFFERED")
+    assert (await desk.entry(fresh)).status == Entry.WAITING and not await desk.offers(fresh)
+    assert not await desk.wrong()
