@@ -7,7 +7,7 @@ from datetime import date, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message
-from sqlalchemy import ColumnElement, Select, TextClause, Uuid, and_, bindparam, literal, select, tuple_
+from sqlalchemy import ColumnElement, Select, TextClause, Uuid, and_, bindparam, literal, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -17,12 +17,19 @@ from chassis.auth import Identity
 from chassis.errors import Aborted, FailedPrecondition, Invalid, NotFound, PermissionDenied, Unauthenticated
 from chassis.model import Act, Aggregate, by_id
 from chassis.reading import Reading, Rows, Unfit
-from chassis.wire import etag_of
+from chassis.wire import etag_of, given_time
 
 if TYPE_CHECKING:
     from chassis.pipeline import Method, Runtime
 
 A = TypeVar("A", bound=Aggregate)
+
+_LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
+# When the oldest transaction under way began. A second less: a session shows that it has begun a moment after it did.
+_SETTLED = text(
+    "SELECT least(statement_timestamp(), min(xact_start)) - interval '1 second' FROM pg_stat_activity"
+    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+)
 
 
 class Call:
@@ -325,22 +332,17 @@ class Call:
         """A page of what the caller may see, in `order` (all columns one way, the last one unique), and the next page's token.
 
         Reads `page_size` and `page_token` of the request; a size out of bounds is coerced. Keyset: a page stays right
-        while others write. Raises Invalid `PAGE_TOKEN_INVALID` for a token of another query.
+        while others write. Where the request has an `updated_after`, they are changes: see `_changes`. Raises Invalid
+        `PAGE_TOKEN_INVALID` for a token of another query.
         """
         size = min(max(getattr(request, "page_size", 0) or default, 1), most)
+        if (since := _updated_after(request)) is not None:
+            return await self._changes(wanted, request, since, size)
         token = getattr(request, "page_token", "")
         rows: list[A] | None = None
         key: ColumnElement[bool] | None = None
         if token:
-            shape = _shape(request)
-            opened = self.runtime.page_signer.open(token)
-            if not isinstance(opened, list) or len(opened) != len(order) + 1 or opened[0] != shape:
-                raise Invalid(
-                    "PAGE_TOKEN_INVALID",
-                    "The page token is not of this query; begin with the first page.",
-                    field="page_token",
-                )
-            last = tuple_(*[_read_key(column, value) for column, value in zip(order, opened[1:], strict=True)])
+            last = self._last(request, order)
             key = tuple_(*order) < last if descending else tuple_(*order) > last
         elif self._reading is not None:
             with contextlib.suppress(Unfit):
@@ -356,11 +358,46 @@ class Call:
         following = ""
         if len(rows) > size:
             rows = rows[:size]
-            ends = [getattr(rows[-1], column.key) for column in order]
-            following = self.runtime.page_signer.sign([_shape(request), *ends])
+            following = self._token(request, [getattr(rows[-1], column.key) for column in order])
         for row in rows:
             self.saw(row.subject_id)
         return rows, following
+
+    async def _changes(self, wanted: Rows[A], request: Message, since: datetime, size: int) -> tuple[list[A], str]:
+        """What changed after a time, the oldest change first, and a token that is never empty: one goes on with it for ever.
+
+        Rows get their `update_time` when their transaction begins and are seen when it ends, in another order. So only
+        what is older than whatever is under way is shown: nothing can come before it any more, and no reader misses it.
+        """
+        order = (wanted.model.update_time, wanted.model.id)
+        ends: list[Any] = [since, _LAST_ID]
+        last: ColumnElement[Any] = tuple_(literal(since, order[0].type), literal(_LAST_ID, order[1].type))
+        if request.page_token:  # type: ignore[attr-defined]
+            last = self._last(request, order)
+        # A statement of its own: it must have looked before the rows' own one does.
+        until = (await self.db.execute(_SETTLED)).scalar_one()
+        query = wanted.narrow(self.select(wanted.model)).where(tuple_(*order) > last, order[0] < until)
+        rows = list((await self.db.execute(query.order_by(*order).limit(size))).scalars())
+        if not rows:
+            await self._look_through()
+            return [], getattr(request, "page_token", "") or self._token(request, ends)
+        for row in rows:
+            self.saw(row.subject_id)
+        return rows, self._token(request, [getattr(rows[-1], column.key) for column in order])
+
+    def _token(self, request: Message, ends: Sequence[Any]) -> str:
+        return self.runtime.page_signer.sign([_shape(request), *ends])
+
+    def _last(self, request: Message, order: Sequence[InstrumentedAttribute[Any]]) -> ColumnElement[Any]:
+        """The key of the row before the page that the request's token asks for."""
+        opened = self.runtime.page_signer.open(getattr(request, "page_token", ""))
+        if not isinstance(opened, list) or len(opened) != len(order) + 1 or opened[0] != _shape(request):
+            raise Invalid(
+                "PAGE_TOKEN_INVALID",
+                "The page token is not of this query; begin with the first page.",
+                field="page_token",
+            )
+        return tuple_(*[_read_key(column, value) for column, value in zip(order, opened[1:], strict=True)])
 
     async def _page_short(
         self, wanted: Rows[A], order: Sequence[InstrumentedAttribute[Any]], descending: bool, limit: int
@@ -436,6 +473,10 @@ def require_etag(etag: str) -> str:
     if not etag:
         raise FailedPrecondition("ETAG_REQUIRED", "Send the etag that you read (If-Match over HTTP).")
     return etag
+
+
+def _updated_after(request: Message) -> datetime | None:
+    return given_time(request, "updated_after") if "updated_after" in request.DESCRIPTOR.fields_by_name else None
 
 
 def _shape(request: Message) -> str:

@@ -11,6 +11,7 @@ from sqlalchemy import (
     ColumnElement,
     DateTime,
     ForeignKeyConstraint,
+    Index,
     MetaData,
     Text,
     Uuid,
@@ -64,6 +65,11 @@ def about_subject(table: str, column: str = "patient_id") -> ForeignKeyConstrain
         ["record_subject.tenant_id", "record_subject.patient_id"],
         name=f"{table}_subject_fkey",
     )
+
+
+def by_change(table: str) -> Index:
+    """The index of a table whose list has `updated_after`."""
+    return Index(f"{table}_by_change", "tenant_id", "update_time", "id")
 
 
 Id = Uuid(as_uuid=False)

@@ -8,7 +8,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from chassis.lifecycle import Lifecycle
-from chassis.model import Id, Living, about_subject, status_type
+from chassis.model import Id, Living, about_subject, by_change, status_type
 from services.feedback.grading import Grade
 from services.feedback.questionnaire import Base
 
@@ -29,6 +29,7 @@ class QuestionnaireResponse(Living, Base):
         about_subject("questionnaire_response"),
         UniqueConstraint("tenant_id", "invitation_id", name="questionnaire_response_invitation_key"),
         Index("questionnaire_response_by_patient", "tenant_id", "patient_id", "create_time", "id"),
+        by_change("questionnaire_response"),
         Index("questionnaire_response_by_time", "tenant_id", "create_time", "id"),
     )
     aggregate = "response"

@@ -18,7 +18,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from chassis.lifecycle import Lifecycle
-from chassis.model import Id, Living, about_subject, status_type
+from chassis.model import Id, Living, about_subject, by_change, status_type
 from services.notifications.projections import Base
 
 TIME = DateTime(timezone=True)
@@ -159,6 +159,7 @@ class Message(Written, Living, Base):
         Index("message_waiting", "next_time", postgresql_where=text("status IN ('PREPARATION', 'ON_HOLD')")),
         Index("message_in_progress", "lease_time", postgresql_where=text("status = 'IN_PROGRESS'")),
         Index("message_by_patient", "tenant_id", "patient_id", "create_time", "id"),
+        by_change("message"),
         Index("message_by_time", "tenant_id", "create_time", "id"),
     )
     aggregate = "message"

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from chassis.errors import Invalid
-from chassis.model import Aggregate, Id, Ids, Owned, about_subject, base
+from chassis.model import Aggregate, Id, Ids, Owned, about_subject, base, by_change
 from services.patients.names import contact_values, digits, fold, normalized, phonetic
 
 Base = base()
@@ -26,6 +26,7 @@ class Patient(Aggregate, Base):
         Index("patient_by_sound", "tenant_id", "family_phonetic"),
         Index("patient_by_birth_date", "tenant_id", "birth_date"),
         Index("patient_by_phone", "phone_digits", postgresql_using="gin"),
+        by_change("patient"),
         Index("patient_by_time", "tenant_id", "create_time", "id"),
     )
     aggregate = "patient"

@@ -61,9 +61,10 @@ class TasksServicer(TasksServiceServicer):
             .among(Task.code, request.codes)
             .before(Task.due_time, given_time(request, "due_before"))
         )
-        if not request.statuses:
+        changes = request.HasField("updated_after")
+        if not request.statuses and not changes:
             wanted.where(_OPEN_ONLY)
-        if not request.include_snoozed:
+        if not request.include_snoozed and not changes:
             wanted.where(_AWAKE)
         rows, following = await call.page(wanted, request, Task.due_time, Task.id)
         return pb.ListTasksResponse(tasks=[to_proto(row, pb.Task) for row in rows], next_page_token=following)

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from chassis.errors import FailedPrecondition, Invalid
 from chassis.ids import new_id
 from chassis.lifecycle import Lifecycle
-from chassis.model import Id, Living, about_subject, status_type
+from chassis.model import Id, Living, about_subject, by_change, status_type
 from services.patients.patient import Base
 from services.patients.staff import Pool
 
@@ -54,6 +54,7 @@ class Task(Living, Base):
             "id",
             postgresql_where=text("status IN ('READY', 'IN_PROGRESS')"),
         ),
+        by_change("task"),
         Index("task_by_patient", "tenant_id", "patient_id", "due_time", "id"),
     )
     aggregate = "task"

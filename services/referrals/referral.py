@@ -13,7 +13,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from chassis.calendar import END_OF_DAY, at_local
 from chassis.errors import FailedPrecondition, Invalid
 from chassis.lifecycle import Lifecycle
-from chassis.model import Id, Living, Owned, about_subject, status_type
+from chassis.model import Id, Living, Owned, about_subject, by_change, status_type
 from services.referrals import clocks
 from services.referrals.projections import Base, Calendar
 
@@ -121,6 +121,7 @@ class Referral(Living, Base):
     __tablename__ = "referral"
     __table_args__ = (
         about_subject("referral"),
+        by_change("referral"),
         Index("referral_by_due", "tenant_id", "list_time", "id"),
         Index("referral_by_patient", "tenant_id", "patient_id", "list_time", "id"),
         Index("referral_by_owner", "tenant_id", "owner_id", "list_time", "id"),

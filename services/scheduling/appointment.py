@@ -11,7 +11,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from chassis.errors import FailedPrecondition, Invalid
 from chassis.lifecycle import Lifecycle
-from chassis.model import Id, Living, about_subject, status_type
+from chassis.model import Id, Living, about_subject, by_change, status_type
 from services.scheduling.directory import Base
 
 REASON_SYSTEM = "http://terminology.hl7.org/CodeSystem/appointment-cancellation-reason"
@@ -48,6 +48,7 @@ class Appointment(Living, Base):
         Index("appointment_by_patient", "tenant_id", "patient_id", "start_time", "id"),
         Index("appointment_by_clinic", "tenant_id", "clinic_id", "start_time", "id"),
         Index("appointment_by_practitioner", "tenant_id", "practitioner_id", "start_time", "id"),
+        by_change("appointment"),
         Index("appointment_by_series", "tenant_id", "series_id", postgresql_where=text("series_id IS NOT NULL")),
         Index("appointment_video", "update_time", postgresql_where=text("video_stale")),
         UniqueConstraint("tenant_id", "session_id", "seat_no", name="appointment_seat_key"),

@@ -1,0 +1,12 @@
+"""Lists of what changed since."""
+
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.create_index("questionnaire_response_by_change", "questionnaire_response", ["tenant_id", "update_time", "id"])
