@@ -41,6 +41,7 @@ class Desk:
 
     def __init__(self, harness, bus_url=""):
         self.harness = harness
+        self.bus_url = bus_url
         self._bus_url = bus_url.replace("+asyncpg", "")
 
     async def open(self, zone="America/New_York", **clinic):

@@ -1,7 +1,6 @@
 """A hold is booked or it expires, never both: real calls against the loop that ends holds, in the very second."""
 
 import asyncio
-import os
 import random
 import time
 from collections import Counter
@@ -13,6 +12,7 @@ from care.scheduling.v1 import appointments_pb2 as pb
 
 from chassis.errors import Problem
 from services.scheduling.tests.desk import Counted, refused, soon
+from services.scheduling.tests.replica import seeded, two_replicas
 from services.scheduling.tests.test_booking_races import CROOKED, DEADLOCKS
 
 Status = pb.Appointment.Status
@@ -132,12 +132,21 @@ async def test_a_hold_that_is_booked_while_it_expires_has_one_end(desk):
 
 @pytest.mark.soak
 async def test_five_thousand_holds_that_are_booked_while_they_expire_have_one_end_each(desk):
-    for turn in range(10):
-        seed = int(os.environ.get("CARE_SEED", random.randrange(1 << 30)))
-        print(f"seed {seed}, turn {turn}")
-        ids, heard = await race(desk, 500, seed)
-        await judge(desk, ids, heard)
-        await desk.sql("DELETE FROM occupancy WHERE holder_id = ANY(CAST(:ids AS uuid[]))", ids=ids)
+    """Race, confirm against expire (cal.diy#10789, #29958), at two replicas of which each ends holds too."""
+    seed, ends = seeded(), Counter()
+    ((deadlocks,),) = await desk.sql(DEADLOCKS)
+    async with two_replicas(desk):
+        for turn in range(10):
+            ids, heard = await race(desk, 500, seed + turn)
+            ends += await judge(desk, ids, heard)
+            assert not await desk.sql(CROOKED)
+            await desk.sql("DELETE FROM occupancy WHERE holder_id = ANY(CAST(:ids AS uuid[]))", ids=ids)
+            await desk.sql("DELETE FROM appointment WHERE id = ANY(CAST(:ids AS uuid[]))", ids=ids)
+    print(f"all: {dict(ends)}")
+    assert ends.total() == 5_000 and min(ends.values()) > 500
+    await asyncio.sleep(1.5)
+    ((after,),) = await desk.sql(DEADLOCKS)
+    assert after == deadlocks
 
 
 # -- several resources at once ----------------------------------------------------------------------------------------
@@ -183,12 +192,24 @@ _FINE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("attempts", [150, pytest.param(12_000, marks=pytest.mark.soak)])
-async def test_people_rooms_and_devices_wanted_in_any_order_do_not_deadlock(desk, attempts):
-    """Multi-resource (cal.diy#13745): all or nothing, whoever asks for them in whatever order."""
+async def test_people_rooms_and_devices_wanted_in_any_order_do_not_deadlock(desk):
+    """Multi-resource (cal.diy#13745, openemr#13552): all or nothing, whoever asks for them in whatever order."""
+    await scrambled(desk, 150, random.randrange(1 << 20))
+
+
+@pytest.mark.soak
+async def test_twelve_thousand_who_want_people_rooms_and_devices_in_any_order_do_not_deadlock(desk):
+    """Multi-resource (cal.diy#13745, openemr#13552), at two replicas."""
+    async with two_replicas(desk):
+        await scrambled(desk, 12_000, seeded())
+
+
+async def scrambled(desk, attempts, seed):
+    """Scramble, and look at what is left."""
     ((before,),) = await desk.sql(DEADLOCKS)
-    heard = await scramble(desk, attempts, random.randrange(1 << 20))
-    print(dict(heard))
+    began = time.monotonic()
+    heard = await scramble(desk, attempts, seed)
+    print(f"{heard.total()} attempts in {time.monotonic() - began:.0f} s: {dict(heard)}")
     assert set(heard) <= _FINE and heard["done"] > 20, heard
     assert not await desk.overlaps()
     assert not await desk.sql(CROOKED)
