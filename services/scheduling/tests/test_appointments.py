@@ -53,6 +53,7 @@ async def test_a_booking_says_who_takes_part_where_and_when(desk):
 
 
 async def test_a_taken_time_is_refused_and_a_neighbouring_one_is_not(desk):
+    """Conflict rules: half-open ranges; what touches does not overlap."""
     start = when()
     await desk.book(await desk.a_patient(), start)
     for minutes in (-29, 0, 29):
@@ -62,6 +63,7 @@ async def test_a_taken_time_is_refused_and_a_neighbouring_one_is_not(desk):
 
 
 async def test_buffers_bind_the_practitioner_and_not_the_patient(desk):
+    """Buffers: cal.diy#693 did not heed them."""
     start = when()
     long = await desk.a_visit_type("with-buffers", buffer_before_minutes=10, buffer_after_minutes=10)
     patient = await desk.a_patient()
@@ -72,6 +74,7 @@ async def test_buffers_bind_the_practitioner_and_not_the_patient(desk):
 
 
 async def test_a_patient_is_not_in_two_places_at_once(desk):
+    """Conflict rules: in openemr#2632 the same patient was booked with two providers at the same time."""
     start = when()
     patient = await desk.a_patient()
     await desk.book(patient, start)
@@ -115,6 +118,9 @@ async def test_staff_may_book_a_walk_in_for_a_start_a_few_minutes_ago(desk):
 
 
 async def test_a_visit_takes_one_room_of_each_kind_and_all_are_given_back_together(desk):
+    """Multi-resource: openemr#13552, easyappointments#1400, elabftw#5171: what is needed beside the provider is booked
+    with it.
+    """
     visit = await desk.a_visit_type("ecg", resource_kinds=["ecg-room", "ecg"])
     assert await refused(desk.book(await desk.a_patient(), when(), visit_type_id=visit)) == "OUTSIDE_HOURS"
     rooms = {await desk.a_room("ecg-room"), await desk.a_room("ecg-room")}
@@ -159,6 +165,7 @@ async def test_a_direct_booking_takes_seven_round_trips_with_its_begin_and_its_c
 
 
 async def test_a_hold_is_booked_from_an_offer(desk):
+    """Unconfirmed requests: in cal.diy#10789 and #29958 two were accepted for the same time."""
     start = when()
     (slot, *_) = (await desk.search(start_time=start)).slots
     patient = await desk.a_patient()
@@ -555,6 +562,7 @@ async def test_what_was_entered_in_error_stays_readable_and_frees_the_time(desk)
 
 
 async def test_a_replay_gets_the_first_answer_and_takes_nothing_more(desk):
+    """Duplicate create: Bahmni frontend PR#133, several visits were made of one request."""
     patient, start = await desk.a_patient(), when()
     answers = await asyncio.gather(*(desk.book(patient, start, request_id="twins") for _ in range(32)))
     assert {answer.id for answer in answers} == {answers[0].id}
@@ -565,6 +573,7 @@ async def test_a_replay_gets_the_first_answer_and_takes_nothing_more(desk):
 
 
 async def test_overbooking_is_a_permitted_choice_with_a_cap_and_a_reason(desk):
+    """Override needed by staff: in medplum#10270 double-booking is unreachable by any configuration."""
     visit = await desk.a_visit_type("crowded", overbooking_cap=2)
     start, over = when(), {"reason": "walked in with fever"}
 
@@ -735,6 +744,9 @@ async def test_appointments_are_listed_by_start_with_filters_and_pages(desk):
 
 
 async def test_a_day_is_the_clinics_own(desk):
+    """Zone of whom: Bahmni PR#201, medplum#6723 (days began at 5 in the morning), nextcloud/calendar#6407 (one day
+    off).
+    """
     patient = await desk.a_patient()
     summer = date(2031, 7, 8)
     late = datetime(2031, 7, 9, 3, 0, tzinfo=UTC)  # 23:00 of the 8th in New York

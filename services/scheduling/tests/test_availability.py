@@ -67,6 +67,7 @@ def starts_on(zone: ZoneInfo, day: date, hours: Sequence[WeeklyHours], grid: int
 
 
 def test_an_ordinary_block_is_what_the_wall_clock_says_on_both_us_change_days() -> None:
+    """DST: YosemiteCrew#3140 took the offset of 1970, CSCfi/exam#936 a wrong one too."""
     assert opened(NEW_YORK, date(2026, 3, 8), time(9), time(17)) == [("08 09:00", "08 17:00", 480)]
     assert opened(NEW_YORK, date(2026, 11, 1), time(9), time(17)) == [("01 09:00", "01 17:00", 480)]
 
@@ -120,6 +121,7 @@ def test_zones_without_a_change_keep_every_hour(zone: str, day: date) -> None:
 
 @pytest.mark.parametrize("zone", ["America/Los_Angeles", "Pacific/Honolulu", "America/New_York"])
 def test_evening_hours_belong_to_the_local_date_though_it_is_tomorrow_in_utc(zone: str) -> None:
+    """DST: medplum#8417, on a server in UTC an evening was asked for on the wrong day and had no hours."""
     day = date(2026, 7, 7)
     assert starts_on(ZoneInfo(zone), day, [WeeklyHours(day.weekday(), time(20), time(22))]) == [
         "20:00", "20:30", "21:00", "21:30",
@@ -254,6 +256,20 @@ def test_minimum_notice_and_window_bound_the_start_alone() -> None:
     visit = VisitType("v", 60, grid=30, minimum_notice=60)
     slots = on_monday(visit, Resource("p", [MONDAY]), now=DAY_START + 9 * 3600, window_end=DAY_START + 11 * 3600)
     assert shown(slots) == ["10:00", "10:30"]
+
+
+@pytest.mark.parametrize("change", [date(2026, 3, 8), date(2026, 11, 1)])
+def test_notice_that_ends_on_a_day_of_change_shifts_no_hours(change: date) -> None:
+    """DST: in cal.diy#12137 all hours were off while the notice ended on the day on which the clocks change."""
+    hours = [WeeklyHours(change.weekday(), time(9), time(12))]
+    midnight = at(NEW_YORK, change.year, change.month, change.day)
+    for ends, shown in ((at(NEW_YORK, change.year, change.month, change.day, 10), ["10:00", "10:30", "11:00", "11:30"]),
+                        (midnight, ["09:00", "09:30", "10:00", "10:30", "11:00", "11:30"])):  # fmt: skip
+        found = free_starts(
+            [Resource("p", hours)], [], VisitType("v", 30, grid=30, minimum_notice=7 * 24 * 60),
+            zone=NEW_YORK, window_start=midnight, window_end=midnight + 26 * 3600, now=ends - 7 * DAY,
+        )  # fmt: skip
+        assert [wall(NEW_YORK, slot.start)[3:] for slot in found] == shown
 
 
 def test_every_requirement_takes_a_resource_of_its_own() -> None:
@@ -495,6 +511,7 @@ def busy_clinic() -> list[Resource]:
 
 
 def test_the_first_hundred_of_fifty_practitioners_over_thirty_days_take_a_few_milliseconds() -> None:
+    """Slow availability: cal.diy#5277 (10 to 25 s), #4007 (40 s), #23482 (over a minute)."""
     practitioners = busy_clinic()
     rooms = [Resource(f"r{n}", occupied=practitioners[n].occupied) for n in range(10)]
     visit = VisitType("v", 30, grid=15)

@@ -143,6 +143,7 @@ def fight(*what):
 @pytest.mark.slow
 @pytest.mark.alone
 async def test_64_clients_can_not_book_anything_twice(desk):
+    """Race: cal.diy#13397, PR#28151 and CloudMeet#43 looked whether a time was free and booked it afterwards."""
     visit = await desk.a_visit_type("fought-for", buffer_after_minutes=5, resource_kinds=["exam-room"])
     doctors = [await desk.a_practitioner(f"Doctor {number}") for number in range(PRACTITIONERS)]
     for _ in range(ROOMS):
@@ -211,6 +212,7 @@ async def test_two_visits_that_swap_places_do_not_deadlock(desk):
 
 
 async def test_of_16_rivals_for_one_slot_one_wins_and_the_others_hear_so(desk):
+    """Race: cal.diy#13397; aea-investors#21 asks that concurrent attempts produce no more than one confirmed."""
     start = soon(days=13)
     times = []
     for turn in range(10):

@@ -138,6 +138,7 @@ async def test_the_queue_is_read_by_what_is_next_and_a_page_goes_on_while_others
 
 
 async def test_a_visit_that_names_the_request_answers_it_and_opens_it_again_when_it_falls_through(queue, desk):
+    """Reschedule and cancel by patient, openemr#562: what a patient asks for waits for somebody who books it."""
     request = await queue.ask(visit_type_id=desk.visit)
     named = [{"type": "SchedulingRequest", "id": request.id}]
     visit = await desk.book(request.patient_id, soon(3), based_on=named)

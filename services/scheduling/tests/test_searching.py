@@ -32,6 +32,7 @@ async def office(desk):
 
 
 async def test_slots_of_two_clinics_come_by_instant_with_their_own_zone(desk):
+    """Zone of whom: Bahmni PR#201; medplum PR#8247 and PR#8158, the place's zone goes before the actor's."""
     west = await desk.a_clinic("America/Denver")
     visit = await desk.a_visit_type("two-zones")
     here = await desk.a_practitioner("Here", OFFICE)
@@ -52,6 +53,9 @@ async def test_slots_of_two_clinics_come_by_instant_with_their_own_zone(desk):
 
 @pytest.mark.parametrize("change", [date(2031, 3, 9), date(2031, 11, 2), date(2032, 3, 14)])
 async def test_office_hours_are_what_the_wall_clock_says_on_both_days_of_change(desk, change, office):
+    """DST: in cal.diy#4702, #4753, #6217 and #10517 hours stood an hour off after the change, and could then not be
+    booked.
+    """
     hours = [{"weekday": 7, "start": "00:00", "end": "12:00"}]
     doctor = await desk.a_practitioner("Sunday", hours)
     begin = datetime.combine(change, datetime.min.time(), NEW_YORK).astimezone(UTC)
@@ -114,6 +118,7 @@ async def test_nothing_is_shown_that_can_not_be_booked(desk):
 
 
 async def test_a_patients_own_visits_and_everybodys_buffers_are_left_out(desk, office):
+    """Buffers: cal.diy#24253 left them out where it showed what is free."""
     begin = day(2031, 8, 4, 9)
     patient = await desk.a_patient()
     await desk.book(patient, begin)  # with somebody else
@@ -128,6 +133,7 @@ async def test_a_patients_own_visits_and_everybodys_buffers_are_left_out(desk, o
 
 
 async def test_all_rooms_that_a_visit_needs_are_free_at_once(desk):
+    """Multi-resource: cal.diy#13745, nextcloud/calendar#3619."""
     visit = await desk.a_visit_type("infusion", resource_kinds=["infusion-room", "pump"])
     begin = day(2031, 9, 1, 9)
     window = {"start_time": begin, "end_time": begin + timedelta(hours=2), "practitioner_ids": [desk.doctor]}
@@ -206,7 +212,9 @@ class Sent:
 
 
 async def test_a_search_takes_three_statements_whatever_it_looks_at(desk):
-    """DOMAIN 2.1, slow availability: an N+1 made others wait 10 seconds to a minute."""
+    """DOMAIN 2.1, slow availability: an N+1 made others wait 10 seconds to a minute. cal.diy#5277, #21103, #4007,
+    #4535, #9924, #23482; Cal-ID#1428.
+    """
     visit = await desk.a_visit_type("counted", resource_kinds=["counted-room"])
     await desk.a_room("counted-room")
     patient, begin = await desk.a_patient(), day(2031, 6, 9)

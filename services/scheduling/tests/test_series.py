@@ -112,6 +112,7 @@ def status(visits):
 
 
 async def test_a_weekly_series_books_each_visit_with_its_own_id_at_the_same_wall_time(series_desk):
+    """Recurring: Bahmni AP-20, each occurrence is a visit of its own."""
     patient, doctor = await series_desk.a_patient(), await series_desk.a_practitioner("Weekly")
     outcome = await series_desk.book_series(patient, f"{monday()}T09:00", "FREQ=WEEKLY;COUNT=30", doctor)
     assert outcome.booked and outcome.conflicts == 0 and len(outcome.occurrences) == 30
@@ -131,7 +132,9 @@ async def test_every_eighth_week_is_every_eighth_week(series_desk):
 
 
 async def test_a_conflict_in_the_middle_books_nothing_and_says_which_why_and_what_is_free_near_it(series_desk):
-    """medplum#10408: the full series is evaluated when it is booked. cal.diy#15997: only the first two were looked at."""
+    """medplum#10408: the full series is evaluated when it is booked. cal.diy#15997: only the first two were looked at.
+    cal.diy PR#30016.
+    """
     patient, doctor = await series_desk.a_patient(), await series_desk.a_practitioner("Middle")
     third, fifth = (at(monday() + timedelta(weeks=n), "09:00") for n in (2, 4))
     await series_desk.book(await series_desk.a_patient(), third, doctor)
@@ -346,7 +349,9 @@ async def test_a_change_must_say_what_and_where_from(series_desk):
 
 
 async def test_cancelling_the_rest_cancels_each_of_the_rest_and_frees_their_times(series_desk):
-    """cal.diy#6281 and #16203: cancelling the rest of a series took only the first of it off the calendar."""
+    """cal.diy#6281 and #16203: cancelling the rest of a series took only the first of it off the calendar. In #5431
+    "cancel" took the next one only.
+    """
     series, visits = await series_desk.somebody()
     outcome = await series_desk.cancel(series, FOLLOWING, visits[2])
     assert [one.appointment_id for one in outcome.occurrences] == [one.id for one in visits[2:]]

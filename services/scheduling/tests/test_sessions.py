@@ -87,6 +87,7 @@ async def test_no_participant_learns_of_another(desk, sessions):
 
 
 async def test_the_waitlist_moves_up_in_order_when_a_seat_is_given_back(desk, sessions):
+    """Wave (cal.diy#17354): who stands by for a session has the place of who calls off."""
     session = await sessions.make(capacity=1)
     first = await sessions.enroll(session, await desk.a_patient())
     busy, free = await desk.a_patient(), await desk.a_patient()

@@ -60,7 +60,7 @@ async def monday(desk, doctor, visit="", subject="cora", **more):
 
 
 async def test_all_of_several_sets_are_taken_any_one_of_each_and_none_serves_two(desk):
-    """DOMAIN 2.1, multi-resource: requirement sets are all-of and any-of pools."""
+    """DOMAIN 2.1, multi-resource: requirement sets are all-of and any-of pools. calrs PR#149 has one or the other."""
     one, two = await desk.a_room("suite"), await desk.a_room("suite")
     named = await desk.a_room("laser")
     other = await desk.a_room("laser")
@@ -82,6 +82,7 @@ async def test_all_of_several_sets_are_taken_any_one_of_each_and_none_serves_two
 
 
 async def test_a_resource_is_there_only_in_its_own_hours_and_while_it_is_active(desk):
+    """Multi-resource: elabftw#5171, openemr#13552."""
     visit = await desk.a_visit_type("scan", resource_kinds=["scanner"])
     doctor = await desk.a_practitioner("Scan", office())
     leave = [{"date": "2031-06-10", "kind": "CLOSED"}]
@@ -271,7 +272,9 @@ async def test_a_role_counts_while_it_is_in_force(desk):
 
 
 async def test_patients_book_move_and_cancel_by_themselves_as_the_visit_type_says(desk):
-    """DOMAIN 2.1, reschedule and cancel by patient: a policy per visit type says who may, and until when."""
+    """DOMAIN 2.1, reschedule and cancel by patient: a policy per visit type says who may, and until when.
+    openemr#11076 (all or nothing).
+    """
     patient = await desk.a_patient()
     may = ["availability.search", "appointments.read", "appointments.book", "appointments.write"]
     await desk.harness.staff("self", may, kind="PATIENT", principal_id=patient)

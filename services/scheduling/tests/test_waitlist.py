@@ -156,7 +156,9 @@ async def test_nobody_who_has_died_is_on_the_waitlist(desk):
 
 
 async def test_a_freed_slot_is_held_for_the_best_candidate_and_told(desk):
-    """booking-activities#70: most bookings come from the waitlist, so it works by itself."""
+    """booking-activities#70: most bookings come from the waitlist, so it works by itself. medplum#10141,
+    cal.diy#10616: who would come earlier is asked when a time is freed.
+    """
     routine, urgent = await desk.enlist(), await desk.enlist(priority="URGENT", channel="SMS")
     start = await freed(desk)
     found = await desk.until(urgent, "OFFERED")

@@ -63,6 +63,7 @@ async def test_walk_ins_who_come_together_get_times_of_their_own(desk, urgent):
 
 
 async def test_a_walk_in_is_overbooked_by_explicit_choice_only(desk, urgent):
+    """Wave (cal.diy#17354): walk-ins beside what is booked."""
     over = {"reason": "chest pain"}
     first = await walk_in(desk, urgent, practitioner_id=desk.second, subject="otto", overbooking=over)
     now = datetime.now(UTC)
