@@ -13,7 +13,7 @@ from services.patients.consent import Consent, Status
 from services.patients.names import contact_key, contact_values
 from services.patients.patient import Patient, RelatedPerson
 
-_READ_ONLY = OUTPUT_ONLY | {"status", "recorder", "end_time", "end_reason"}
+_READ_ONLY = OUTPUT_ONLY | {"status", "recorder", "end_time", "end_reason", "security_labels"}
 _SYSTEMS = {"SMS": ("PHONE", "SMS"), "VOICE": ("PHONE",), "EMAIL": ("EMAIL",)}
 
 

@@ -200,7 +200,7 @@ class PatientsServicer(PatientsServiceServicer):
         return to_proto({"patient_id": patient.id, "expire_time": expires}, pb.BreakGlassResponse)
 
     async def CreateRelatedPerson(self, request: pb.CreateRelatedPersonRequest, call: Call) -> pb.RelatedPerson:
-        values = given(request.related_person)
+        values = given(request.related_person, read_only=OUTPUT_ONLY | {"security_labels"})
         patient = await call.get(Patient, values.pop("patient_id"))
         person = RelatedPerson(id=new_id(), patient_id=patient.id)
         person.change(**values)

@@ -14,7 +14,7 @@ from services.patients.labels import labels_of
 from services.patients.staff import Pool, Staff
 from services.patients.task import Task
 
-_READ_ONLY = OUTPUT_ONLY | {"due_basis", "status", "snooze_time", "outcome", "history"}
+_READ_ONLY = OUTPUT_ONLY | {"due_basis", "status", "snooze_time", "outcome", "history", "security_labels"}
 # As constants: with parameters a generic plan can't use the worklist's partial index.
 _OPEN_ONLY = text("task.status IN ('READY', 'IN_PROGRESS')")
 _AWAKE = or_(Task.snooze_time.is_(None), Task.snooze_time <= func.clock_timestamp())

@@ -40,7 +40,7 @@ class ContactsServicer(ContactsServiceServicer):
     """Contacts and attempts."""
 
     async def CreateContact(self, request: pb.CreateContactRequest, call: Call) -> pb.Contact:
-        values = given(request.contact, read_only=OUTPUT_ONLY | {"recorder"})
+        values = given(request.contact, read_only=OUTPUT_ONLY | {"recorder", "security_labels"})
         await call.subject(values["patient_id"])
         took_place = values.pop("contact_time", call.now)
         if took_place > call.now + _CLOCKS_DIFFER:

@@ -15,7 +15,7 @@ from chassis.ids import new_id
 from chassis.model import by_id
 from chassis.reading import Rows
 from chassis.timers import wake_after_commit
-from chassis.wire import enum_names, given, given_time, to_proto
+from chassis.wire import OUTPUT_ONLY, enum_names, given, given_time, to_proto
 from services.scheduling import backfill, matching
 from services.scheduling.appointment import Appointment, DeceasedPatient, Status
 from services.scheduling.backfill import LOOP
@@ -25,9 +25,7 @@ from services.scheduling.measures import FEWEST
 from services.scheduling.terms import terms
 from services.scheduling.waitlist import EntryStatus, OfferStatus, WaitlistEntry, WaitlistOffer, hash_of, parts_of
 
-_NOT_GIVEN = frozenset(
-    {"id", "etag", "create_time", "update_time", "status", "skips", "offer_id", "booked_appointment_id"}
-)
+_NOT_GIVEN = OUTPUT_ONLY | {"status", "skips", "offer_id", "booked_appointment_id", "security_labels"}
 _WINDOW = timedelta(days=30)
 
 
