@@ -179,6 +179,8 @@ class Walk:
             values |= {"modality": "VIDEO"}
         if rpc.method.name == "EnrollSession":
             values |= {"start_time": _ago(-24), "end_time": _ago(-25)}  # type: ignore[dict-item]
+        if rpc.method.name == "EnrollSession" and model.__name__ == "Session":
+            values |= {"visit_type_id": self.visit_type, "clinic_id": self.clinic, "practitioner_id": self.doctor}
         if rpc.method.name in ("ArriveAppointment", "MarkNoShowAppointment"):
             values |= {"start_time": _ago(2), "end_time": _ago(1)}  # type: ignore[dict-item]
         return values
