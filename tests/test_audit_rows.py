@@ -275,6 +275,10 @@ BY_HAND: dict[str, Callable[[Any, str, Walk], object]] = {
         or _set(request.overbooking, reason="audited")
     ),
     "HoldAppointment": lambda request, _id, walk: _set(request, offer_token=walk.offers.pop()),
+    "ImportAppointment": lambda request, _id, walk: (
+        _set(request, visit_type_id=walk.visit_type, practitioner_id=walk.practitioner, visit_type_code="")
+        or request.start_time.FromDatetime(_ago(-24 * 60))
+    ),
     "RescheduleAppointment": _reschedule,
     "CreateSeries": _series,
     "PreviewSeries": lambda request, row_id, walk: _series(request.series, row_id, walk),

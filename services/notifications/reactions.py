@@ -375,8 +375,9 @@ def _about(visit: AppointmentEvent) -> str:
 
 
 def _spoken_for(visit: AppointmentEvent) -> bool:
-    """Whether another visit's message speaks for this one: 52 visits are booked, and one text says so."""
-    return visit.series_part > 1
+    """Whether nobody needs to be told now: of 52 visits of a series one text says so, and one that was taken over from
+    another system was agreed there."""
+    return visit.series_part > 1 or visit.imported
 
 
 def _by_policy(policy: policies.Policy) -> dict[str, Any]:

@@ -40,6 +40,7 @@ _TIMELINE: dict[type[Message], tuple[str, ...]] = {
         "appointment.reverted",
         "appointment.entered_in_error",
         "appointment.stranded",
+        "appointment.imported",
     ),
     waitlist.WaitlistEvent: (
         "waitlist.added",
@@ -164,7 +165,13 @@ async def keep_calendar(clinic: directory_pb2.Clinic, event: Event, db: AsyncSes
     )
 
 
-@reactions.on("appointment.booked", "appointment.rescheduled", payload=scheduling.AppointmentEvent, shares=True)
+@reactions.on(
+    "appointment.booked",
+    "appointment.rescheduled",
+    "appointment.imported",
+    payload=scheduling.AppointmentEvent,
+    shares=True,
+)
 async def relate_by_appointment(appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
     """Where a visit is promised, its clinic sees the patient. Relations are only added: any order gives the same."""
     await _relate(db, event, appointment.clinic_id, "appointment")

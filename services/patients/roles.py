@@ -50,12 +50,13 @@ SHIPPED: dict[str, frozenset[str]] = {
         "privacy_officer": _READ | {"accesses.read", "patients.break_glass", "tasks.write"},
         "integration_client": {
             "self.read", "patients.import", "directory.import", "directory.read", "directory.write", "consents.write",
-            "patients.read", "patients.write",
+            "patients.read", "patients.write", "appointments.import",
         },
         "external_partner": {"self.read", "referrals.read", "referrals.write"},
         "admin": {
             "self.read", "staff.read", "staff.write", "pools.read", "pools.write", "roles.write", "directory.read",
             "directory.write", "directory.import", "patients.import", "questionnaires.read", "questionnaires.write",
+            "appointments.import",
         },
         "patient": _SELF | _JOIN,
         "proxy": _SELF | _JOIN,

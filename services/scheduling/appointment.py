@@ -11,7 +11,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from chassis.errors import FailedPrecondition, Invalid
 from chassis.lifecycle import Lifecycle
-from chassis.model import Id, Living, about_subject, by_change, status_type
+from chassis.model import Id, Living, Owned, about_subject, by_change, status_type
 from services.scheduling.directory import Base
 
 REASON_SYSTEM = "http://terminology.hl7.org/CodeSystem/appointment-cancellation-reason"
@@ -39,6 +39,14 @@ class Status(enum.StrEnum):
     WAITLIST = "WAITLIST"
 
 
+_TAKEN_OVER = {
+    Status.BOOKED: "take_over",
+    Status.FULFILLED: "record_fulfilled",
+    Status.NOSHOW: "record_no_show",
+    Status.CANCELLED: "record_cancelled",
+}
+
+
 class Appointment(Living, Base):
     """Time that a clinic has promised to a patient."""
 
@@ -59,6 +67,10 @@ class Appointment(Living, Base):
         ("hold", [], Status.PENDING, "held"),
         ("book", [], Status.BOOKED, "booked"),
         ("wait", [], Status.WAITLIST, "waitlisted"),
+        ("take_over", [], Status.BOOKED, "booked"),
+        ("record_fulfilled", [], Status.FULFILLED, "imported"),
+        ("record_no_show", [], Status.NOSHOW, "imported"),
+        ("record_cancelled", [], Status.CANCELLED, "imported"),
         ("book", [Status.PENDING], Status.BOOKED, "booked"),
         ("seat", [Status.WAITLIST], Status.BOOKED, "booked"),
         ("release", [Status.PENDING], Status.CANCELLED, "released"),
@@ -116,6 +128,10 @@ class Appointment(Living, Base):
     series_part: ClassVar[int] = 0
     """Of several visits of a series that the present act is about: which one; told with its event, not kept."""
     interpreter_language: Mapped[str] = mapped_column(Text, default="", server_default=text("''"))
+    # What other systems call it, and the one from which it was imported. It is kept here since: unlike an entry of the
+    # directory it doesn't stay another system's, or nobody could check it in.
+    identifiers: Mapped[list[Any]] = mapped_column(JSONB, default=list, server_default=text("'[]'"))
+    source_system: Mapped[str] = mapped_column(Text, default="", server_default=text("''"))
     # As it was when the time was promised; quotas count it.
     new_patient: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
 
@@ -149,6 +165,14 @@ class Appointment(Living, Base):
         self.participants = [{**one, "status": "ACCEPTED"} for one in self.participants]
         if overbooking_reason:
             self.history[-1]["reason_code"] = overbooking_reason
+
+    def take_over(self, status: Status, reason: dict[str, Any] | None = None) -> None:
+        """Keep here what another system has kept; what is over only as history. Raises Invalid `REASON_UNKNOWN`."""
+        if status is Status.CANCELLED:
+            self.cancelation_reason = _known(reason or {"code": "other"})
+        self.move(_TAKEN_OVER[status], imported=True)
+        if status is not Status.BOOKED:
+            self.video_stale = False
 
     def wait(self) -> None:
         """Stand on the waitlist of a session: nothing is taken yet."""
@@ -279,6 +303,22 @@ class Appointment(Living, Base):
 
     def _day(self, at: datetime) -> Any:
         return at.astimezone(ZoneInfo(self.time_zone)).date()
+
+
+class AppointmentIdentifier(Owned, Base):
+    """What another system calls an appointment, unique per tenant and system: the same one is imported once."""
+
+    __tablename__ = "appointment_identifier"
+    __table_args__ = (
+        about_subject("appointment_identifier"),
+        UniqueConstraint("tenant_id", "system", "value", name="appointment_identifier_key"),
+        Index("appointment_identifier_by_patient", "tenant_id", "patient_id"),
+    )
+
+    patient_id: Mapped[str] = mapped_column(Id)
+    appointment_id: Mapped[str] = mapped_column(Id)
+    system: Mapped[str]
+    value: Mapped[str]
 
 
 class DeceasedPatient(Base):

@@ -141,7 +141,9 @@ async def rates(
             again.overbooking == 0,
         )
     )
-    lead = case((promised, func.extract("epoch", one.start_time - one.create_time)))
+    # When one that was imported had been promised isn't known.
+    agreed = and_(promised, one.source_system == "")
+    lead = case((agreed, func.extract("epoch", one.start_time - one.create_time)))
     query = base.where(one.clinic_id == clinic_id, one.start_time >= begin, one.start_time < end)
     if visit_type_id:
         query = query.where(one.visit_type_id == visit_type_id)
@@ -151,6 +153,7 @@ async def rates(
         await db.execute(
             query.with_only_columns(
                 func.count().filter(promised).label("promised"),
+                func.count().filter(agreed).label("agreed"),
                 func.count().filter(due).label("due"),
                 func.count().filter(one.status == Status.NOSHOW).label("missed"),
                 func.count().filter(and_(cancelled, one.late_cancel)).label("late"),
@@ -160,9 +163,9 @@ async def rates(
             )
         )
     ).one()
-    enough = row.promised >= measures.FEWEST
+    enough = row.agreed >= measures.FEWEST
     return Rates(
-        Figure(round(float(row.lead) / _DAY, 2), row.promised) if enough else None,
+        Figure(round(float(row.lead) / _DAY, 2), row.agreed) if enough else None,
         measures.share(row.missed, row.due),
         measures.share(row.late, row.promised),
         measures.share(row.refilled, row.freed),

@@ -10,6 +10,7 @@ from care.scheduling.v1 import (
     directory_pb2,
     events_pb2,
     feeds_pb2,
+    imports_pb2,
     live_pb2,
     measures_pb2,
     requests_pb2,
@@ -45,6 +46,7 @@ from services.scheduling.servicer_directory import (
     VisitTypesServicer,
 )
 from services.scheduling.servicer_feeds import CalendarFeedsServicer, CalendarLinksServicer
+from services.scheduling.servicer_imports import AppointmentImportsServicer
 from services.scheduling.servicer_live import ScheduleLiveServicer
 from services.scheduling.servicer_measures import MeasuresServicer
 from services.scheduling.servicer_requests import SchedulingPreferencesServicer, SchedulingRequestsServicer
@@ -74,6 +76,7 @@ SERVICE = Service(
             _directories
         ),
         appointments_pb2.DESCRIPTOR.services_by_name["AppointmentsService"]: AppointmentsServicer(),
+        imports_pb2.DESCRIPTOR.services_by_name["AppointmentImportsService"]: AppointmentImportsServicer(),
         board_pb2.DESCRIPTOR.services_by_name["DayBoardService"]: DayBoardServicer(),
         clearings_pb2.DESCRIPTOR.services_by_name["ClearingsService"]: ClearingsServicer(),
         video_pb2.DESCRIPTOR.services_by_name["VideoRoomsService"]: VideoRoomsServicer(),
@@ -106,7 +109,11 @@ SERVICE = Service(
         "waitlist": waitlist_pb2.WaitlistEvent,
     },
     reactions=reactions,
-    asks={"facts": asking.facts},
+    asks={
+        "facts": asking.facts,
+        "patient_by_identifier": asking.patient_by_identifier,
+        "heard_of": asking.heard_of,
+    },
     hears=("referrals",),
     warm=(calendar.warm,),
     loops=(

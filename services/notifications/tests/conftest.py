@@ -275,7 +275,16 @@ class World:
         return patient_id, number, address
 
     async def visit(
-        self, patient_id, clinic, visit_type, *, ahead=timedelta(days=10), status="BOOKED", labels=(), part=0
+        self,
+        patient_id,
+        clinic,
+        visit_type,
+        *,
+        ahead=timedelta(days=10),
+        status="BOOKED",
+        labels=(),
+        part=0,
+        imported=False,
     ):
         """A visit that scheduling has, told as booked."""
         visit = appointments_pb2.Appointment(
@@ -284,15 +293,16 @@ class World:
         )  # fmt: skip
         visit.start_time.FromDatetime(datetime.now(UTC) + ahead)
         self.neighbours.visits[visit.id] = visit
-        await self.tell_visit("booked", visit, version=1, labels=labels, part=part)
+        await self.tell_visit("booked", visit, version=1, labels=labels, part=part, imported=imported)
         return visit
 
     async def tell_visit(self, what, visit, *, version, previous="", labels=(), at=None, actor="staff:x", reason="",
-                         part=0):  # fmt: skip
+                         part=0, imported=False):  # fmt: skip
         payload = AppointmentEvent(
             id=visit.id, clinic_id=visit.clinic_id, visit_type_id=visit.visit_type_id, status=Status.Name(visit.status),
             previous_status=previous, start_time=visit.start_time, schedule_version=visit.schedule_version,
             time_zone=visit.time_zone, reason_code=reason, series_part=part,
+            imported=imported,
         )  # fmt: skip
         return await self.tell(
             f"appointment.{what}", payload, aggregate_id=visit.id, patient_id=visit.patient_id, version=version,

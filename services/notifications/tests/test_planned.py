@@ -96,6 +96,13 @@ async def test_cancelling_revokes_and_says_so(world, clinic, visit_type):
     assert "is cancelled" in world.sms.texts(number)[-1]
 
 
+async def test_a_visit_that_another_system_had_is_reminded_of_and_not_told_as_new(world, clinic, visit_type):
+    patient_id, _, _ = await world.patient()
+    visit = await world.visit(patient_id, clinic, visit_type, imported=True)
+    assert [row.offset for row in await world.planned(visit, 2)] == ["3d", "1d"]
+    assert await world.messages(visit.id) == []
+
+
 async def test_a_series_is_told_once_and_each_visit_of_it_is_reminded_of(world, clinic, visit_type):
     patient_id, number, _ = await world.patient()
     visits = [

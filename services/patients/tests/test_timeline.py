@@ -98,6 +98,16 @@ async def test_a_booked_visit_lets_its_clinic_see_the_patient(desk):
     assert (await desk.rpc("GetPatient", "elias", id=patient.id)).etag == seen.etag
 
 
+async def test_a_visit_of_the_past_lets_its_clinic_see_the_patient_and_starts_nothing(desk):
+    patient = await desk.patient()
+    visit = appointment(desk.elsewhere, status="NOSHOW")
+    await desk.tell(desk.event("appointment.imported", patient.id, visit))
+    await desk.rpc("GetPatient", "elias", id=patient.id)
+    (entry,) = await entries(desk, patient.id, types=["appointment.imported"])
+    assert (entry.source.type, entry.status) == ("Appointment", "NOSHOW")
+    assert await entries(desk, patient.id, types=["task.created"]) == []
+
+
 async def test_a_submitted_referral_lets_the_referring_clinic_see_the_patient(desk):
     patient = await desk.patient()
     referral = referrals.ReferralEvent(id=new_id(), clinic_id=desk.elsewhere, business_status="SUBMITTED")
