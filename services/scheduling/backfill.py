@@ -6,7 +6,7 @@ locks the appointment first, as `occupancy.py` says. So nobody who holds one of 
 """
 
 from collections.abc import Callable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from prometheus_client import Counter, Histogram
@@ -15,12 +15,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
-from chassis.errors import Aborted, FailedPrecondition, LostRace, Problem
+from chassis.errors import Aborted, FailedPrecondition, Invalid, LostRace, Problem
 from chassis.ids import new_id
 from chassis.model import Aggregate, by_id
 from chassis.timers import Loop, RunningLoop, due
 from services.scheduling import booking, matching, occupancy
 from services.scheduling.appointment import Appointment, Status
+from services.scheduling.availability import DAY
+from services.scheduling.finding import DAYS_AT_MOST, Search, free_slots
 from services.scheduling.matching import Ranked, Wish
 from services.scheduling.offers import Place
 from services.scheduling.scheduling_request import follow_visit
@@ -30,6 +32,7 @@ from services.scheduling.waitlist import (
     EntryStatus,
     FreedSlot,
     OfferStatus,
+    OpenedHours,
     SlotStatus,
     WaitlistEntry,
     WaitlistNotice,
@@ -46,6 +49,7 @@ SWAPPED = {"code": "pat-swl"}
 """Why the later visit is cancelled: FHIR's "Patient: Scheduled from Wait List"."""
 _CANDIDATES_AT_MOST = 2000
 _AT_A_TIME = 50
+_STARTS_AT_MOST, _WISHES_AT_MOST = 1000, 100  # all of the one are compared with all of the other
 _WISHED = (
     WaitlistEntry.id, WaitlistEntry.visit_type_id, WaitlistEntry.priority, WaitlistEntry.create_time,
     WaitlistEntry.expire_time, WaitlistEntry.clinic_ids, WaitlistEntry.practitioner_ids, WaitlistEntry.weekdays,
@@ -103,7 +107,84 @@ async def backfill(runtime: "Runtime") -> int:
     """One round: what was heard, what is over, then what can be offered. Answers how many things were done."""
     async with runtime.database.acting("system:scheduling") as db:
         done = await _hear(db) + await _end_offers(db) + await _end_entries(db)
-    return done + await _offer_slots(runtime)
+    return done + await _look_into_opened(runtime) + await _offer_slots(runtime)
+
+
+# -- what was opened ---------------------------------------------------------------------------------------------------
+
+
+async def _look_into_opened(runtime: "Runtime") -> int:
+    """Make of hours that were opened the slots that somebody who waits could use, as if they had come free."""
+    query = select(OpenedHours).where(OpenedHours.no > 0).order_by(OpenedHours.no).limit(1)
+    for done in range(_AT_A_TIME):
+        async with runtime.database.acting("system:scheduling") as db:
+            opened = (await db.execute(query.with_for_update(skip_locked=True))).scalar_one_or_none()
+            if opened is None:
+                return done
+            await _divide(db, opened)
+            await db.delete(opened)
+    return _AT_A_TIME
+
+
+async def _divide(db: AsyncSession, opened: OpenedHours) -> None:
+    """One slot after the other, none over another, as many as people who wait could use: who declines one of them is not
+    asked about each that follows. To whom they go is for the offering to say."""
+    now: datetime = db.info["act"].now
+    wishes = await _wishes(db, opened, now)
+    ahead = [(first, last) for first, last in opened.windows if last > now.timestamp()]
+    if not wishes or not ahead:
+        return
+    first, last = int(max(ahead[0][0] - DAY / 2, now.timestamp())), ahead[-1][1] + DAY // 2
+    search = Search(
+        opened.tenant_id, opened.visit_type_id, [opened.clinic_id], [opened.practitioner_id],
+        start=first, end=min(last, first + DAYS_AT_MOST * DAY),
+    )  # fmt: skip
+    try:
+        free = await free_slots(db, search, _STARTS_AT_MOST)
+    except Invalid:  # there is no such visit type any more
+        return
+    zone, until = free.zones.get(opened.clinic_id, ""), 0
+    for start, end in sorted({(slot.start, slot.end) for slot in free.slots}):
+        # What only touches the new hours was to be had before.
+        if start < until or not any(a < end and start < b for a, b in ahead):
+            continue
+        times = (datetime.fromtimestamp(start, UTC), datetime.fromtimestamp(end, UTC))
+        slot = matching.Slot(opened.visit_type_id, opened.clinic_id, opened.practitioner_id, *times, zone)
+        best = next((wish for wish in wishes if not matching.misfits(wish, slot, now)), None)
+        if best is None:
+            continue
+        wishes.remove(best)
+        until = end
+        row = FreedSlot(
+            tenant_id=opened.tenant_id, id=new_id(), visit_type_id=slot.visit_type_id, clinic_id=slot.clinic_id,
+            practitioner_id=slot.practitioner_id, start_time=slot.start, end_time=slot.end, time_zone=zone, cause="OPENED",
+        )  # fmt: skip
+        row.wait(now)
+        db.add(row)
+
+
+async def _wishes(db: AsyncSession, opened: OpenedHours, now: datetime) -> list[Wish]:
+    older = aliased(Appointment)
+    query = (
+        select(*_WISHED, older.start_time)
+        .outerjoin(
+            older,
+            and_(
+                older.tenant_id == WaitlistEntry.tenant_id,
+                older.id == WaitlistEntry.appointment_id,
+                older.status == Status.BOOKED,
+            ),
+        )
+        .where(
+            WaitlistEntry.tenant_id == opened.tenant_id,
+            WaitlistEntry.visit_type_id == opened.visit_type_id,
+            WaitlistEntry.status.in_(OPEN),
+            WaitlistEntry.expire_time > now,
+        )
+        .order_by(case(matching.BANDS, value=WaitlistEntry.priority, else_=0).desc(), WaitlistEntry.create_time)
+        .limit(_WISHES_AT_MOST)
+    )
+    return [Wish(*row) for row in (await db.execute(query)).tuples()]
 
 
 # -- offering ----------------------------------------------------------------------------------------------------------

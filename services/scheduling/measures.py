@@ -10,7 +10,9 @@
 * **Lead time**: from the making of a visit to its start, the median: few visits far ahead would carry a mean away.
 * **No-show rate**: of the visits that were due, ended in any way but a cancellation.
 * **Late-cancel rate**: of all visits that were promised. **Fill rate**: of those cancelled before their start, whose time
-  a standing visit of the same practitioner has taken since, however it came there.
+  a standing visit of the same practitioner has taken since, however it came there. **Waitlist fill rate**: of the times
+  that came free while somebody waited for such a visit and in which nothing more is done, those that an accepted offer
+  filled.
 """
 
 import enum
@@ -44,6 +46,7 @@ class Kind(enum.StrEnum):
     NO_SHOW_RATE = "NO_SHOW_RATE"
     LATE_CANCEL_RATE = "LATE_CANCEL_RATE"
     FILL_RATE = "FILL_RATE"
+    WAITLIST_FILL_RATE = "WAITLIST_FILL_RATE"
 
 
 class Measure(Aggregate, Base):

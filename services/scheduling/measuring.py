@@ -14,6 +14,7 @@ from services.scheduling.availability import Interval, open_intervals
 from services.scheduling.directory import Clinic, Practitioner, Schedule, VisitType
 from services.scheduling.finding import DAYS_AT_MOST, Search, free_slots
 from services.scheduling.measures import Figure, Wait
+from services.scheduling.waitlist import FreedSlot, SlotStatus
 
 _CAME = (Status.ARRIVED, Status.CHECKED_IN, Status.FULFILLED)
 _TOOK_TIME = (Status.BOOKED, Status.NOSHOW, *_CAME)
@@ -35,6 +36,7 @@ class Rates(NamedTuple):
     no_show_rate: Figure | None
     late_cancel_rate: Figure | None
     fill_rate: Figure | None
+    waitlist_fill_rate: Figure | None
 
 
 async def staffing(db: AsyncSession, clinic: Clinic) -> list[tuple[Schedule, Practitioner]]:
@@ -119,10 +121,11 @@ async def rates(
     begin: datetime,
     end: datetime,
     *,
+    tenant_id: str,
     visit_type_id: str = "",
     practitioner_id: str = "",
 ) -> Rates:
-    """What became of the visits that were to begin in the window. One statement; `base` are the tenant's appointments."""
+    """What became of the visits that were to begin in the window, and of freed times. `base` are the tenant's appointments."""
     one, last, again = Appointment, Appointment.history[-1], aliased(Appointment)
     cancelled = and_(
         one.status == Status.CANCELLED, last["action"].astext == "cancel", last["from_status"].astext != "PENDING"
@@ -169,4 +172,32 @@ async def rates(
         measures.share(row.missed, row.due),
         measures.share(row.late, row.promised),
         measures.share(row.refilled, row.freed),
+        await _filled_from_waitlist(db, tenant_id, clinic_id, begin, end, visit_type_id, practitioner_id),
     )
+
+
+async def _filled_from_waitlist(
+    db: AsyncSession,
+    tenant_id: str,
+    clinic_id: str,
+    begin: datetime,
+    end: datetime,
+    visit_type_id: str,
+    practitioner_id: str,
+) -> Figure | None:
+    settled = select(
+        func.count().label("settled"),
+        func.count().filter(FreedSlot.status == SlotStatus.FILLED).label("filled"),
+    ).where(
+        FreedSlot.tenant_id == tenant_id,
+        FreedSlot.clinic_id == clinic_id,
+        FreedSlot.start_time >= begin,
+        FreedSlot.start_time < end,
+        FreedSlot.status.not_in([SlotStatus.OPEN, SlotStatus.OFFERED]),
+    )
+    if visit_type_id:
+        settled = settled.where(FreedSlot.visit_type_id == visit_type_id)
+    if practitioner_id:
+        settled = settled.where(FreedSlot.practitioner_id == practitioner_id)
+    row: Any = (await db.execute(settled)).one()
+    return measures.share(row.filled, row.settled)

@@ -67,7 +67,7 @@ async def _measure(db: AsyncSession, clinic: Clinic, night: datetime) -> None:
     begin, end = measures.days(first.isoformat(), day.isoformat(), clinic.zone, NIGHTLY_DAYS)
     base = select(Appointment).where(Appointment.tenant_id == clinic.tenant_id)
     used = await measuring.utilization(db, base, clinic, begin, end)
-    found = await measuring.rates(db, base, clinic.id, begin, end)
+    found = await measuring.rates(db, base, clinic.id, begin, end, tenant_id=clinic.tenant_id)
     waits = await measuring.waits(db, clinic)
 
     def figures() -> Iterator[tuple[Kind, str | None, Figure | None]]:

@@ -1,6 +1,7 @@
 """Clinics, practitioners, rooms and devices, visit types and hours over gRPC."""
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from care.scheduling.v1 import directory_pb2 as pb
@@ -12,7 +13,7 @@ from care.scheduling.v1.directory_pb2_grpc import (
     VisitTypesServiceServicer,
 )
 from google.protobuf.field_mask_pb2 import FieldMask
-from sqlalchemy import Select, func, select
+from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 
 from chassis.call import Call, require_etag
@@ -66,13 +67,8 @@ class ClinicsServicer(ClinicsServiceServicer):
         clinic = await call.get(Clinic, request.clinic.id, etag=require_etag(request.etag))
         values = _values(call, request.clinic, request.update_mask)
         _refuse_managed(call, clinic, values)
-        # Whether it is open at all is no matter of hours: a clinic that is suspended has its visits moved by hand anyway.
-        closes = {"closed_dates", "holiday_region", "time_zone"} & values.keys()
-        schedules = list((await call.db.execute(_hours_at(call, clinic.id))).scalars()) if closes else []
-        stranding = Stranding(call.db, call.now)
-        await stranding.before(clinic, schedules)
-        clinic.change(**values)
-        call.saw(*(one.patient_id for one in await stranding.after(clinic, schedules)))
+        async with _around(call, values, clinic_id=clinic.id):
+            clinic.change(**values)
         await _claim_identifiers(call, clinic)
         await call.db.flush()
         return to_proto(clinic, pb.Clinic)
@@ -80,7 +76,8 @@ class ClinicsServicer(ClinicsServiceServicer):
     async def UpsertClinic(self, request: pb.UpsertClinicRequest, call: Call) -> pb.UpsertClinicResponse:
         values = given(request.clinic)
         clinic, created = await _by_first_identifier(call, Clinic, values)
-        changed = await _change_upserted(call, clinic, values)
+        async with _around(call, {} if created else values, clinic_id=clinic.id):
+            changed = await _change_upserted(call, clinic, values)
         return pb.UpsertClinicResponse(clinic=to_proto(clinic, pb.Clinic), created=created, changed=changed)
 
 
@@ -111,7 +108,8 @@ class PractitionersServicer(PractitionersServiceServicer):
         values = _values(call, request.practitioner, request.update_mask)
         _refuse_managed(call, practitioner, values)
         known = set(practitioner.clinic_ids)
-        practitioner.change(**values)
+        async with _around(call, values, practitioner_id=practitioner.id):
+            practitioner.change(**values)
         await _know_clinics(call, set(practitioner.clinic_ids) - known)
         await _claim_identifiers(call, practitioner)
         await call.db.flush()
@@ -125,7 +123,8 @@ class PractitionersServicer(PractitionersServiceServicer):
         known = set(practitioner.clinic_ids or ())
         if "roles" in values:
             values["roles"] = practitioner.roles_with(values["roles"])
-        changed = await _change_upserted(call, practitioner, values)
+        async with _around(call, {} if created else values, practitioner_id=practitioner.id):
+            changed = await _change_upserted(call, practitioner, values)
         await _know_clinics(call, set(practitioner.clinic_ids) - known)
         return pb.UpsertPractitionerResponse(
             practitioner=to_proto(practitioner, pb.Practitioner), created=created, changed=changed
@@ -152,7 +151,8 @@ class ResourcesServicer(ResourcesServiceServicer):
         for fixed in ("clinic_id", "kind"):
             if values.pop(fixed, None) not in (None, getattr(resource, fixed)):
                 raise Invalid("FIELD_FIXED", f"{fixed} can't be changed.", field=f"resource.{fixed}")
-        resource.change(**values)
+        async with _around(call, values, resource_id=resource.id):
+            resource.change(**values)
         await call.db.flush()
         return to_proto(resource, pb.Resource)
 
@@ -198,9 +198,12 @@ class SchedulesServicer(SchedulesServiceServicer):
         values = given(request.schedule)
         await _know_clinics(call, [values.get("clinic_id")])
         await _know_practitioner(call, values.get("practitioner_id"))
+        stranding = Stranding(call.db, call.tenant_id, call.now)
+        await stranding.before(clinic_id=values["clinic_id"], practitioner_id=values["practitioner_id"])
         schedule.change(**values)
         await call.add(schedule)
         await call.db.flush()
+        await stranding.after(schedule)
         return to_proto(schedule, pb.Schedule)
 
     async def GetSchedule(self, request: pb.GetScheduleRequest, call: Call) -> pb.Schedule:
@@ -224,17 +227,28 @@ class SchedulesServicer(SchedulesServiceServicer):
         for fixed in ("practitioner_id", "clinic_id"):
             if values.pop(fixed, None) not in (None, getattr(schedule, fixed)):
                 raise Invalid("FIELD_FIXED", f"{fixed} can't be changed.", field=f"schedule.{fixed}")
-        clinic = await call.get(Clinic, schedule.clinic_id)
-        stranding = Stranding(call.db, call.now)
-        await stranding.before(clinic, [schedule])
-        schedule.change(**values)
-        call.saw(*(one.patient_id for one in await stranding.after(clinic, [schedule])))
+        async with _around(call, values, clinic_id=schedule.clinic_id, practitioner_id=schedule.practitioner_id):
+            schedule.change(**values)
         await call.db.flush()
         return to_proto(schedule, pb.Schedule)
 
 
-def _hours_at(call: Call, clinic_id: str) -> Select[tuple[Schedule]]:
-    return call.select(Schedule).where(Schedule.clinic_id == clinic_id)
+_SAYS_WHEN = {
+    "closed_dates", "holiday_region", "time_zone", "status", "active", "roles", "weekly_hours", "exceptions",
+}  # fmt: skip
+"""Fields of the directory by which visits can take place or not."""
+
+
+@asynccontextmanager
+async def _around(call: Call, values: dict[str, Any], **whose: str) -> AsyncIterator[None]:
+    """Around a change: what it leaves outside is told, what it opens is offered to who waits."""
+    if not _SAYS_WHEN & values.keys():
+        yield
+        return
+    stranding = Stranding(call.db, call.tenant_id, call.now)
+    await stranding.before(**whose)
+    yield
+    call.saw(*(one.patient_id for one in await stranding.after()))
 
 
 def _values(call: Call, entry: pb.Clinic | pb.Practitioner, mask: FieldMask | None = None) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class MeasuresServicer(MeasuresServiceServicer):
             clinic.id,
             begin,
             end,
+            tenant_id=call.tenant_id,
             visit_type_id=request.visit_type_id,
             practitioner_id=request.practitioner_id,
         )

@@ -9,8 +9,8 @@ from chassis.call import Call
 from chassis.reading import Rows
 from chassis.wire import to_proto
 from services.scheduling.appointment import Appointment, Status
-from services.scheduling.directory import Clinic, Schedule
-from services.scheduling.stranding import outside
+from services.scheduling.directory import Schedule
+from services.scheduling.stranding import hours_of
 
 
 class StrandedAppointmentsServicer(StrandedAppointmentsServiceServicer):
@@ -20,7 +20,6 @@ class StrandedAppointmentsServicer(StrandedAppointmentsServiceServicer):
         self, request: pb.GetStrandedAppointmentsRequest, call: Call
     ) -> pb.GetStrandedAppointmentsResponse:
         schedule = await call.get(Schedule, request.schedule_id)
-        clinic = await call.get(Clinic, schedule.clinic_id)
         now = (await call.db.execute(select(func.clock_timestamp()))).scalar_one()
         ahead = (
             Rows(Appointment)
@@ -29,7 +28,9 @@ class StrandedAppointmentsServicer(StrandedAppointmentsServiceServicer):
             .equal(Appointment.status, Status.BOOKED.name)
             .since(Appointment.start_time, now)
         )
-        left = sorted(outside(schedule, clinic, await call.all(ahead)), key=lambda one: (one.start_time, one.id))
+        bookings = await call.all(ahead)
+        hours = await hours_of(call.db, call.tenant_id, bookings, [schedule])
+        left = sorted(hours.outside(bookings), key=lambda one: (one.start_time, one.id))
         return pb.GetStrandedAppointmentsResponse(
             appointments=[to_proto(one, appointments_pb2.Appointment) for one in left]
         )

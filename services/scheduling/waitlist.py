@@ -284,12 +284,16 @@ class WaitlistOffer(Living, Base):
 
 
 class FreedSlot(Aggregate, Base):
-    """Time that became free while somebody waited for its visit type; written by the database with the change itself."""
+    """Time that came free or was opened while somebody waited for its visit type.
+
+    What comes free is written by the database with the change itself, what was opened by the loop that looks into it.
+    """
 
     __tablename__ = "freed_slot"
     __table_args__ = (
         Index("freed_slot_due", "due_time", postgresql_where=text("status = 'OPEN'")),
         Index("freed_slot_by_time", "tenant_id", "create_time"),
+        Index("freed_slot_by_clinic", "tenant_id", "clinic_id", "start_time"),
     )
     aggregate = "freed_slot"
     subject_field = None
@@ -301,7 +305,7 @@ class FreedSlot(Aggregate, Base):
     end_time: Mapped[datetime] = mapped_column(TIME)
     time_zone: Mapped[str]
     cause: Mapped[str]
-    """Status after the change that freed it: CANCELLED, ENTERED_IN_ERROR, or BOOKED for one that moved away."""
+    """Status after the change that freed it: CANCELLED, ENTERED_IN_ERROR, or BOOKED for one that moved away; else OPENED."""
     status: Mapped[SlotStatus] = mapped_column(status_type(SlotStatus))
     due_time: Mapped[datetime] = mapped_column(TIME)
     offers: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
@@ -333,6 +337,20 @@ class WaitlistNotice(Base):
     no: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True, unique=True)
     entry_id: Mapped[str] = mapped_column(Id)
     appointment_id: Mapped[str] = mapped_column(Id)
+
+
+class OpenedHours(Base):
+    """Times of a practitioner that are open now and weren't, for visits of a type that somebody waits for."""
+
+    __tablename__ = "opened_hours"
+
+    tenant_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    no: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True, unique=True)
+    visit_type_id: Mapped[str] = mapped_column(Id)
+    clinic_id: Mapped[str] = mapped_column(Id)
+    practitioner_id: Mapped[str] = mapped_column(Id)
+    windows: Mapped[list[Any]] = mapped_column(JSONB)
+    """[first, last) in epoch seconds, in order."""
 
 
 def hash_of(token: str) -> bytes:

@@ -6,7 +6,12 @@ from zoneinfo import ZoneInfo
 import pytest
 from care.scheduling.v1 import appointments_pb2 as pb
 from care.scheduling.v1 import directory_pb2, stranded_pb2
-from care.scheduling.v1.directory_pb2_grpc import ClinicsServiceStub, ResourcesServiceStub, SchedulesServiceStub
+from care.scheduling.v1.directory_pb2_grpc import (
+    ClinicsServiceStub,
+    PractitionersServiceStub,
+    ResourcesServiceStub,
+    SchedulesServiceStub,
+)
 from care.scheduling.v1.stranded_pb2_grpc import StrandedAppointmentsServiceStub
 
 from chassis.errors import Problem
@@ -164,3 +169,67 @@ async def test_a_search_sees_a_change_of_the_directory_at_once(desk):
     assert len((await desk.search(**window)).slots) == 3
     await change(desk, schedule, '"1"', weekly_hours=[block(1, "09:00", "11:00")])
     assert len((await desk.search(**window)).slots) == 7
+
+
+async def update(desk, stub, what, etag="", **values):
+    """Change an entry of the directory, named by its aggregate."""
+    name = "".join(word.title() for word in what.split("_"))
+    request = getattr(directory_pb2, f"Update{name}Request")(
+        **{what: values}, etag=etag or '"1"', update_mask={"paths": [one for one in values if one != "id"]}
+    )
+    return await desk.harness.call("scheduling", stub, f"Update{name}", request, "ada")
+
+
+async def test_a_clinic_that_is_suspended_strands_all_that_is_booked_there(desk):
+    clinic = await desk.a_clinic()
+    await desk.harness.staff("clea", ["appointments.read", "appointments.book"], clinics=[clinic])
+    doctor = await desk.a_practitioner("Suspended", hours=(), clinic=clinic)
+    schedule = await desk.hours(doctor, clinic=clinic)
+    patient = await desk.harness.subject(clinic)
+    visit = await desk.book(patient, soon(9, 15), doctor, "clea", clinic_id=clinic)
+    changed = await update(desk, ClinicsServiceStub, "clinic", id=clinic, status="SUSPENDED")
+    assert await stranded(desk, schedule, "clea") == [visit.id]
+    assert await told(desk, visit, "appointment.stranded", 2) == 1
+    await update(desk, ClinicsServiceStub, "clinic", changed.etag, id=clinic, status="ACTIVE")
+    assert not await stranded(desk, schedule, "clea")
+
+
+async def test_who_no_longer_sees_patients_strands_the_visits_that_are_booked(desk):
+    doctor = await desk.a_practitioner("Leaving", hours=())
+    schedule = await desk.hours(doctor)
+    visit = await desk.book(await desk.a_patient(), soon(9, 16), doctor)
+    ends = soon(8, 0)
+    changed = await update(
+        desk, PractitionersServiceStub, "practitioner", id=doctor,
+        roles=[{"clinic_id": desk.clinic, "period": {"end_time": ends}}],
+    )  # fmt: skip
+    assert await stranded(desk, schedule) == [visit.id]
+    later = await update(
+        desk, PractitionersServiceStub, "practitioner", changed.etag, id=doctor, roles=[{"clinic_id": desk.clinic}]
+    )
+    assert not await stranded(desk, schedule)
+    await update(desk, PractitionersServiceStub, "practitioner", later.etag, id=doctor, active=False)
+    assert await stranded(desk, schedule) == [visit.id]
+    assert await told(desk, visit, "appointment.stranded", 3) == 2
+
+
+async def test_a_room_that_is_no_longer_there_strands_the_visits_that_hold_it(desk):
+    kind = f"gone-{desk.clinic}"
+    room = await desk.a_room(kind)
+    visit_type = await desk.a_visit_type(f"in-{kind}", resource_kinds=[kind])
+    doctor = await desk.a_practitioner("Room", hours=())
+    schedule = await desk.hours(doctor)
+    held = await desk.book(await desk.a_patient(), soon(9, 17), doctor, visit_type_id=visit_type)
+    beside = await desk.book(await desk.a_patient(), soon(9, 19), doctor)
+    day = soon(9, 17).astimezone(NEW_YORK).isoweekday()
+    changed = await update(desk, ResourcesServiceStub, "resource", id=room, weekly_hours=[block(day, "00:00", "01:00")])
+    assert await stranded(desk, schedule) == [held.id]
+    assert await told(desk, held, "appointment.stranded", 2) == 1
+    back = await update(desk, ResourcesServiceStub, "resource", changed.etag, id=room, weekly_hours=[])
+    assert not await stranded(desk, schedule)
+    await update(desk, ResourcesServiceStub, "resource", back.etag, id=room, active=False)
+    assert await stranded(desk, schedule) == [held.id]
+    assert (
+        await told(desk, held, "appointment.stranded", 3) == 2
+        and await told(desk, beside, "appointment.stranded", 1) == 0
+    )

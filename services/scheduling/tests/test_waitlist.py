@@ -1,17 +1,21 @@
 """The waitlist at work: entries, what is freed, offers and their answers, over gRPC and PostgreSQL."""
 
 import asyncio
-from datetime import timedelta
+from datetime import UTC, timedelta
 from itertools import count
+from zoneinfo import ZoneInfo
 
 import pytest
-from care.scheduling.v1 import appointments_pb2, series_pb2
+from care.scheduling.v1 import appointments_pb2, directory_pb2, measures_pb2, series_pb2
 from care.scheduling.v1 import waitlist_pb2 as pb
+from care.scheduling.v1.directory_pb2_grpc import SchedulesServiceStub
+from care.scheduling.v1.measures_pb2_grpc import MeasuresServiceStub
 from care.scheduling.v1.series_pb2_grpc import SeriesServiceStub
 
 from chassis.bus.postgres import PostgresBus
 from chassis.ids import new_id
 from chassis.testing.harness import Harness
+from services.scheduling import measures
 from services.scheduling.backfill import preview
 from services.scheduling.service import SERVICE
 from services.scheduling.tests.desk import ALWAYS, refused, soon
@@ -34,7 +38,9 @@ async def waiting(database):
 
 @pytest.fixture
 async def desk(waiting):
-    """Each test has a visit type and a practitioner of its own, so that nobody else's waitlist is asked."""
+    """Each test has a visit type and a practitioner of its own and nobody else waits, so that nobody else is asked."""
+    await waiting.sql("UPDATE waitlist_entry SET status = 'EXPIRED' WHERE status IN ('WAITING', 'OFFERED')")
+    await waiting.sql("UPDATE freed_slot SET status = 'GONE' WHERE status = 'OPEN'")
     number = next(_numbers)
     waiting.another = lambda **more: waiting.a_visit_type(f"another-{next(_numbers)}", **more)
     waiting.visit = await waiting.a_visit_type(f"waited-for-{number}")
@@ -586,3 +592,66 @@ async def test_a_quota_that_one_candidate_would_break_leaves_the_slot_to_the_nex
     await desk.until(established, "OFFERED")
     assert (await desk.entry(fresh)).status == Entry.WAITING and not await desk.offers(fresh)
     assert not await desk.wrong()
+
+
+async def test_newly_opened_hours_are_offered_to_who_waits_for_them(desk):
+    """An extra session used to be found by whoever searched next, and the waitlist slept."""
+    doctor = await desk.a_practitioner(f"Opens{new_id()}", hours=())
+    day = soon(6)
+    local = day.astimezone(ZoneInfo("America/New_York")).date()
+    closed = [{"date": str(local), "kind": "CLOSED"}]
+    schedule = await desk.hours(doctor, exceptions=closed)
+    first, second = (
+        await desk.enlist(priority="URGENT", earliest_date=str(local), latest_date=str(local)),
+        await desk.enlist(earliest_date=str(local), latest_date=str(local), earliest_time="14:00"),
+    )
+    never = await desk.enlist(weekdays=[local.isoweekday() % 7 + 1], earliest_date=str(local), latest_date=str(local))
+    other = await desk.enlist(visit_type=await desk.another(), weekdays=[local.isoweekday() % 7 + 1])
+    extra = [{"date": str(local), "kind": "EXTRA", "start": "13:30", "end": "14:30"}]
+    request = directory_pb2.UpdateScheduleRequest(
+        schedule={"id": schedule, "weekly_hours": [], "exceptions": extra}, etag='"1"',
+        update_mask={"paths": ["weekly_hours", "exceptions"]},
+    )  # fmt: skip
+    await desk.harness.call("scheduling", SchedulesServiceStub, "UpdateSchedule", request, "ada")
+    for entry, hour, minute in ((first, 13, 30), (second, 14, 0)):
+        offered = await desk.until(entry, "OFFERED")
+        (offer,) = await desk.offers(entry)
+        start = offer.start_time.ToDatetime(UTC).astimezone(ZoneInfo("America/New_York"))
+        assert (start.date(), start.hour, start.minute, offer.practitioner_id) == (local, hour, minute, doctor)
+        assert offered.offer_id == offer.id
+    assert not await desk.offers(never) and not await desk.offers(other)
+    await desk.accept((await desk.entry(first)).offer_id)
+    assert not await desk.sql("SELECT 1 FROM opened_hours WHERE practitioner_id = :who", who=doctor)
+    assert not await desk.wrong()
+
+
+async def test_hours_that_were_open_before_are_offered_to_nobody_by_a_change(desk):
+    doctor = await desk.a_practitioner(f"Same{new_id()}", hours=())
+    schedule = await desk.hours(doctor, [{"weekday": day, "start": "09:00", "end": "12:00"} for day in range(1, 8)])
+    entry = await desk.enlist(practitioner_ids=[doctor])
+    shorter = [{"weekday": day, "start": "10:00", "end": "12:00"} for day in range(1, 8)]
+    request = directory_pb2.UpdateScheduleRequest(
+        schedule={"id": schedule, "weekly_hours": shorter}, etag='"1"', update_mask={"paths": ["weekly_hours"]}
+    )
+    await desk.harness.call("scheduling", SchedulesServiceStub, "UpdateSchedule", request, "ada")
+    assert not await desk.sql("SELECT 1 FROM opened_hours WHERE practitioner_id = :who", who=doctor)
+    assert not await desk.sql("SELECT 1 FROM freed_slot WHERE practitioner_id = :who", who=doctor)
+    assert (await desk.entry(entry)).status == Entry.WAITING
+
+
+async def test_the_rate_of_what_the_waitlist_filled_is_measured_beside_what_was_filled_at_all(desk, monkeypatch):
+    monkeypatch.setattr(measures, "FEWEST", 1)
+    first, second = soon(20), soon(20, 18)
+    entry = await desk.enlist()
+    await freed(desk, first)
+    await desk.accept((await desk.until(entry, "OFFERED")).offer_id)
+    loser = await desk.enlist()
+    await freed(desk, second)
+    await desk.decline((await desk.until(loser, "OFFERED")).offer_id)
+    await desk.until_slot(second, "FREE")
+    day = str(first.astimezone(ZoneInfo("America/New_York")).date())
+    request = measures_pb2.GetVisitRatesRequest(
+        clinic_id=desk.clinic, first_date=day, last_date=day, visit_type_id=desk.visit
+    )
+    rates = await desk.harness.call("scheduling", MeasuresServiceStub, "GetVisitRates", request, "wilma")
+    assert (rates.waitlist_fill_rate.value, rates.waitlist_fill_rate.counted) == (0.5, 2)
