@@ -117,7 +117,6 @@ class Consumer:
     - Loops that lock several patients' rows pass over those that are locked. Rows for which one of them waits are locked
       by reactions that don't share only.
 
-    `before(event)` runs ahead of the transaction (make sure of rows that need an RPC; raise `Retry`).
     `recover(error, event)` may mend what a reaction lacked, outside any transaction; True means try once more, and where it
     raises that something is away the event waits.
     `applied(event, record)` runs after the commit (wake the relay, a heartbeat). `known_types`: where given, an event
@@ -137,7 +136,6 @@ class Consumer:
         log: Any,
         dead_letter_topic: str | None = None,
         parallel: int = 4,
-        before: Callable[[Event], Awaitable[None]] | None = None,
         recover: Callable[[Exception, Event], Awaitable[bool]] | None = None,
         applied: Callable[[Event, Record], None] | None = None,
         known_types: Collection[str] | None = None,
@@ -153,7 +151,7 @@ class Consumer:
         self._tracer = tracer
         self._log = log
         self._room = asyncio.Semaphore(parallel)
-        self._before, self._recover, self._applied = before, recover, applied
+        self._recover, self._applied = recover, applied
         self._known = None if known_types is None else frozenset(known_types) | reactions.types
         self._retry_at_most = retry_at_most
         self._actor = actor or f"system:{group}"
@@ -498,9 +496,6 @@ class Consumer:
         async with self._room:
             started = time.perf_counter()
             try:
-                if self._before is not None:
-                    for each in taken:
-                        await self._before(each.event)
                 async with self._sessions() as db, db.begin():
                     await self._effects_together(db, taken, spans, outcomes)
             except BaseException as error:
@@ -543,8 +538,6 @@ class Consumer:
 
     async def _effects(self, event: Event, registered: list[Registered], record: Record) -> str:
         payload = _payload(event, registered)
-        if self._before is not None:
-            await self._before(event)
         async with self._sessions() as db, db.begin():
             try:
                 await db.connection()
