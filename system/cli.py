@@ -356,9 +356,9 @@ def doctor(
 
 
 def _add_import() -> None:
-    from system.importing.cli import import_command
+    from system.importing.cli import import_app
 
-    app.command("import")(import_command)
+    app.add_typer(import_app, name="import")
 
 
 _OTHERS = {each.callback.__name__ for each in app.registered_commands if each.callback} | {"audit", "waitlist"}

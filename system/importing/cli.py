@@ -1,11 +1,14 @@
-"""`care import`: bundles of patients from a folder, and a file on clinics."""
+"""`care import`: bundles of patients from a folder, a file on clinics, and another system's visits."""
 
 import asyncio
+from collections.abc import Sequence
+from datetime import date, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import stamina.instrumentation
 import typer
+import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -14,10 +17,134 @@ from system.importing.client import GatewayClient
 from system.importing.clinics import ClinicsFile, ClinicsFileBroken, read_clinics
 from system.importing.load import AT_ONCE, NothingToImport, load_bundles, load_clinics
 from system.importing.report import Report
+from system.importing.visits_file import NAMES, FileBroken, Reading
+from system.importing.visits_load import VisitsReport, load_visits
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+UNSIGNED = "A token is needed: give --token or CARE_TOKEN; `care token --role admin` prints one."
+_PAST = ("FULFILLED", "NOSHOW", "CANCELLED")
 
 
+class _ImportGroup(typer.core.TyperGroup):
+    """`care import DIR` is short for `care import bundles DIR`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] != "--help"):
+            args = ["bundles", *args]
+        return super().parse_args(ctx, args)
+
+
+import_app = typer.Typer(
+    cls=_ImportGroup,
+    help="Bring in what other systems have. `care import DIR` is short for `care import bundles DIR`.",
+    rich_markup_mode=None,
+)
+
+
+@import_app.command("calendar")
+def calendar_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The other system's visits, .csv or .ics.")],
+    source: Annotated[
+        str, typer.Option(metavar="NAME", help="The other system's name; the same one for each file of it.")
+    ],
+    column: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=THEIRS", help="Which column, or iCalendar property, has it: patient=MRN. Repeatable."
+        ),
+    ] = [],  # noqa: B006 - Typer copies it
+    values: Annotated[
+        list[str],
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Where the file doesn't say: visit_type=follow-up. Repeatable."
+        ),
+    ] = [],  # noqa: B006
+    past: Annotated[
+        str,
+        typer.Option(
+            metavar="STATUS", help="What became of visits that are over and only booked: fulfilled, noshow, cancelled."
+        ),
+    ] = "",
+    until: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d"], help="Last day of iCalendar rules that have no end.", show_default=False),
+    ] = None,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write what became of every row, as CSV.")
+    ] = None,
+    url: Annotated[str, typer.Option(envvar="CARE_URL", help="The gateway.")] = DEFAULT_URL,
+    token: Annotated[str, typer.Option(envvar="CARE_TOKEN", help="A token that may import.", show_default=False)] = "",
+    at_once: Annotated[int, typer.Option(min=1, max=64, help="Requests at a time.")] = AT_ONCE,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Ask what would become of every row, change nothing.")
+    ] = False,
+) -> None:
+    """Take over the visits of another system, each once. Runs again change nothing.
+
+    Names: identifier, patient, practitioner, clinic (each with NAME_system, an identifier's system, or id for our own
+    ids), visit_type (its code), start, end or duration_minutes, time_zone, status (booked, fulfilled, noshow, cancelled),
+    reason, comment. CSV has columns of these names; iCalendar has them in UID, DTSTART, DTEND or DURATION, STATUS, and
+    X-CARE-PATIENT, X-CARE-PRACTITIONER, X-CARE-CLINIC, X-CARE-VISIT-TYPE unless --column or --set says otherwise. Times
+    without a zone are the clinic's.
+
+    Exit status: 0 all is in, 1 something is refused or not tried, 2 it could not start.
+    """
+    errors = Console(stderr=True)
+    if past and past.upper() not in _PAST:
+        errors.print("--past is fulfilled, noshow or cancelled.")
+        raise typer.Exit(2)
+    if not token:
+        errors.print(UNSIGNED)
+        raise typer.Exit(2)
+    reading = Reading(source, _pairs(column, errors), _pairs(values, errors), _day(until))
+    report = VisitsReport()
+    stamina.instrumentation.set_on_retry_hooks([])
+
+    async def run(progress: Progress) -> None:
+        async with GatewayClient(url, token) as client:
+            await load_visits(
+                file,
+                reading,
+                client,
+                report,
+                past=past.upper(),
+                at_once=at_once,
+                dry_run=dry_run,
+                progress=progress,
+            )
+
+    try:
+        with _progress(errors) as progress:
+            asyncio.run(run(progress))
+    except FileBroken as error:
+        errors.print(str(error), markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        report.stopped = "by Ctrl-C"
+    report.print(Console(), dry_run)
+    if report_file is not None:
+        report.write(report_file)
+    raise typer.Exit(report.exit_status())
+
+
+def _pairs(given: Sequence[str], errors: Console) -> dict[str, str]:
+    found = dict(one.partition("=")[::2] for one in given)
+    if not all(found.values()) or not set(found) <= set(NAMES):
+        errors.print(f"Write NAME=…, where NAME is one of {', '.join(NAMES)}.", markup=False)
+        raise typer.Exit(2)
+    return found
+
+
+def _day(when: datetime | None) -> date | None:
+    return when.date() if when is not None else None
+
+
+def _progress(errors: Console) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=errors, disable=not errors.is_terminal)
+
+
+@import_app.command("bundles")
 def import_command(
     directory: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="Folder with FHIR R4 transaction bundles (*.json).")
@@ -49,7 +176,7 @@ def import_command(
         errors.print("Give a folder with bundles, or --clinics FILE, or both.")
         raise typer.Exit(2)
     if not dry_run and not token:
-        errors.print("A token is needed: give --token or CARE_TOKEN; `care token --role admin` prints one.")
+        errors.print(UNSIGNED)
         raise typer.Exit(2)
     allowed = {"SS": allow_ssn, "DL": allow_licence, "PPN": allow_passport}
     rules = Rules(issuer, frozenset(type_ for type_, yes in allowed.items() if yes), source_system=source_system)
@@ -57,8 +184,7 @@ def import_command(
     report = Report()
     try:
         stated = read_clinics(clinics) if clinics else None
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
+        with _progress(errors) as progress:
             asyncio.run(_run(directory, stated, url, token, rules, report, at_once, dry_run, progress))
     except (ClinicsFileBroken, NothingToImport) as error:
         errors.print(str(error), markup=False, soft_wrap=True)

@@ -21,8 +21,9 @@ _PAGE = 200
 class Refused(Exception):
     """The gateway's answer that trying again doesn't change: HTTP code, reason (UPPER_SNAKE, may be empty) and message."""
 
-    def __init__(self, code: int, reason: str, message: str) -> None:
-        self.code, self.reason, self.message = code, reason, message
+    def __init__(self, code: int, reason: str, message: str, field: str = "") -> None:
+        self.code, self.reason, self.said, self.field = code, reason, message, field
+        self.message = message = f"{message} ({field})" if field else message
         super().__init__(f"{code} {reason}: {message}" if reason else f"{code}: {message}")
 
 
@@ -138,10 +139,10 @@ def _read(response: httpx2.Response) -> Json:
         raise _Busy(code, min(float(after), _LONGEST_WAIT_SECONDS) if after.isdecimal() else None)
     message = str(error.get("message") or "no reason given")
     metadata: Json = next((detail["metadata"] for detail in details if isinstance(detail.get("metadata"), dict)), {})
-    if isinstance(metadata.get("field"), str):
-        message += f" ({metadata['field']})"
+    field = metadata.get("field")
+    field = field if isinstance(field, str) else ""
     if code == 401:
         raise Stopped("the gateway does not take the token; give a valid one by --token or CARE_TOKEN")
     if code == 403:
         raise Stopped(f"the token may not import ({message}); use one of a role that may")
-    raise Refused(code, reason, message)
+    raise Refused(code, reason, message, field)

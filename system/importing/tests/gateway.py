@@ -12,7 +12,7 @@ from typing import Any
 import protovalidate
 import uvicorn
 from care.patients.v1 import patients_pb2
-from care.scheduling.v1 import directory_pb2
+from care.scheduling.v1 import directory_pb2, imports_pb2
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from starlette.applications import Starlette
@@ -51,6 +51,7 @@ class Gateway:
     answers: dict[str, tuple[int, Record]] = field(default_factory=dict)
     before: Callable[[Request], Response | None] = lambda request: None
     after: Callable[[Request], Response | None] = lambda request: None
+    visits: Callable[[Record], tuple[int, Record]] = lambda body: (200, {"outcome": "IMPORTED"})
     delay: float = 0.0
     page: int = 200
     url: str = ""
@@ -65,6 +66,11 @@ class Gateway:
         kind, colon, _ = request.url.path.removeprefix("/v1/").partition(":")
         if request.method == "GET":
             return self._list(request, kind)
+        if request.url.path == "/v1/appointments:import":
+            body = await request.json()
+            protovalidate.validate(json_format.ParseDict(body, imports_pb2.ImportAppointmentRequest()))
+            code, answer = self.visits(body)
+            return JSONResponse(answer, code)
         key = request.headers["idempotency-key"]
         if key not in self.answers:
             body = await request.json()
