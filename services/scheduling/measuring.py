@@ -80,7 +80,7 @@ async def waits(db: AsyncSession, clinic: Clinic, visit_type_ids: Sequence[str] 
 def _sees(schedule: Schedule, practitioner: Practitioner, clinic_id: str, visit_type: VisitType) -> bool:
     """Whether a practitioner sees such visits there at all: by specialty, and by some block of their hours."""
     specialty = (visit_type.specialty or {}).get("code")
-    if specialty and not practitioner.has_specialty(clinic_id, specialty):
+    if specialty and not practitioner.in_force(clinic_id, [specialty]):
         return False
     blocks = [block.visit_type_ids for block in schedule.weekly()]
     extra = any(one.kind == "extra" for one in schedule.exceptions_())

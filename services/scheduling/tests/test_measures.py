@@ -124,6 +124,17 @@ async def test_third_next_available_on_a_clinic_counted_by_hand_held_times_left_
     assert free and away
 
 
+async def test_a_visit_of_a_specialty_is_waited_for_with_those_who_have_it(desk, ask):
+    clinic = ask.clinics[0]
+    heart = {"system": "http://snomed.info/sct", "code": "394579002"}
+    await desk.a_practitioner("Heart", WEEKDAYS, clinic, role={"specialties": [heart]})
+    await desk.a_practitioner("Other", WEEKDAYS, clinic)
+    kind = await desk.a_visit_type("third-of-hearts", specialty=heart)
+    request = pb.GetThirdNextAvailableRequest(clinic_id=clinic, visit_type_ids=[kind])
+    (row,) = (await ask("GetThirdNextAvailable", request)).rows
+    assert (row.visit_type_id, row.practitioners, row.practitioners_full) == (kind, 1, 0)
+
+
 async def test_rates_and_minutes_on_visits_counted_by_hand(desk, ask):
     """Twelve visits a week ago, of which 6 came, 3 did not, 3 were cancelled, one of these late; one time was refilled."""
     clinic = ask.clinics[1]
