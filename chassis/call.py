@@ -386,12 +386,12 @@ class Call:
         return rows, self._token(request, [getattr(rows[-1], column.key) for column in order])
 
     def _token(self, request: Message, ends: Sequence[Any]) -> str:
-        return self.runtime.page_signer.sign([_shape(request), *ends])
+        return self.runtime.page_signer.sign([_shape(request, self.actor), *ends])
 
     def _last(self, request: Message, order: Sequence[InstrumentedAttribute[Any]]) -> ColumnElement[Any]:
         """The key of the row before the page that the request's token asks for."""
         opened = self.runtime.page_signer.open(getattr(request, "page_token", ""))
-        if not isinstance(opened, list) or len(opened) != len(order) + 1 or opened[0] != _shape(request):
+        if not isinstance(opened, list) or len(opened) != len(order) + 1 or opened[0] != _shape(request, self.actor):
             raise Invalid(
                 "PAGE_TOKEN_INVALID",
                 "The page token is not of this query; begin with the first page.",
@@ -479,15 +479,15 @@ def _updated_after(request: Message) -> datetime | None:
     return given_time(request, "updated_after") if "updated_after" in request.DESCRIPTOR.fields_by_name else None
 
 
-def _shape(request: Message) -> str:
-    """A fingerprint of a list request without its page fields: a token serves only the query that it came from."""
+def _shape(request: Message, actor: str) -> str:
+    """A fingerprint of a list request without its page fields: a token serves only the query and the caller it came from."""
     bare = type(request)()
     bare.CopyFrom(request)
     for name in ("page_token", "page_size"):
         if name in request.DESCRIPTOR.fields_by_name:
             bare.ClearField(name)
     # With its name: two lists' requests may well look alike.
-    query = request.DESCRIPTOR.full_name.encode() + b"\0" + bare.SerializeToString(deterministic=True)
+    query = f"{actor} {request.DESCRIPTOR.full_name}\0".encode() + bare.SerializeToString(deterministic=True)
     return hashlib.blake2b(query, digest_size=8).hexdigest()
 
 

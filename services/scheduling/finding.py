@@ -113,7 +113,9 @@ def kilometres(one: tuple[float, float], other: tuple[float, float]) -> float:
 
 
 def window(start: int, end: int, now: int, days: int = DAYS_AT_MOST) -> Interval:
-    """The window to look in. Raises Invalid `WINDOW_TOO_LONG`, also where it begins that far away."""
+    """The window to look in. Raises Invalid `WINDOW_TOO_LONG`, also where it begins that far away, `PERIOD_INVALID`."""
+    if start and end and end < start:
+        raise Invalid("PERIOD_INVALID", "The end lies before the beginning.", field="end_time")
     begin = max(start or now, now)
     end = end or begin + DAYS * DAY
     if end - (start or now) > days * DAY + 3600:  # an hour more where clocks are turned back

@@ -121,7 +121,7 @@ def read(text: str, zone: ZoneInfo) -> Rule:
 def wall_times(rule: Rule, first: datetime, today: date) -> list[datetime]:
     """The local wall times of a series that begins with `first`, ascending; `today` is the clinic's.
 
-    Raises Invalid `SERIES_WITHOUT_END`, `TOO_MANY_OCCURRENCES`, `SERIES_TOO_LONG`, `FIRST_NOT_IN_RULE`.
+    Raises Invalid `SERIES_WITHOUT_END`, `TOO_MANY_OCCURRENCES`, `SERIES_TOO_LONG`, `FIRST_NOT_IN_RULE`, `RULE_INVALID`.
     """
     if not rule.count and rule.until is None:
         raise Invalid("SERIES_WITHOUT_END", "The rule needs an end: COUNT or UNTIL.", field="rule")
@@ -138,6 +138,8 @@ def wall_times(rule: Rule, first: datetime, today: date) -> list[datetime]:
         raise _too_many()
     if len(found) < rule.count:
         raise _too_long()
+    if not found:
+        raise Invalid("RULE_INVALID", "The rule ends before the series begins.", field="rule")
     return found
 
 

@@ -739,6 +739,9 @@ async def test_appointments_are_listed_by_start_with_filters_and_pages(desk):
     assert [one.id for one in (await desk("ListAppointments", request)).appointments] == [seen[1].id, seen[2].id]
     request.start_time_from.FromDatetime(times[2])
     assert [one.id for one in (await desk("ListAppointments", request)).appointments] == [seen[2].id]
+    first = pb.ListAppointmentsRequest(clinic_ids=[desk.clinic], page_size=1)
+    first.page_token = (await desk("ListAppointments", first)).next_page_token
+    assert await refused(desk("ListAppointments", first, "sam")) == "PAGE_TOKEN_INVALID", "it is somebody else's"
     hidden = await desk("ListAppointments", pb.ListAppointmentsRequest(clinic_ids=[desk.clinic]), "elias")
     assert not hidden.appointments
 

@@ -315,6 +315,8 @@ async def test_a_window_of_ten_years_and_a_page_token_of_somebody_else_are_refus
     for reaching in (begin + timedelta(days=3653), begin + timedelta(days=63)):
         assert await refused(desk.search(start_time=begin, end_time=reaching)) == "WINDOW_TOO_LONG"
         assert await refused(desk.count(start_time=begin, end_time=reaching)) == "WINDOW_TOO_LONG"
+    backwards = {"start_time": begin, "end_time": begin - timedelta(seconds=1)}
+    assert await refused(desk.search(**backwards)) == await refused(desk.count(**backwards)) == "PERIOD_INVALID"
     assert (await desk.search(start_time=begin, end_time=begin + timedelta(days=62))).slots
     mine = await desk.search(start_time=begin, page_size=3)
     again = {"start_time": begin, "page_size": 3, "page_token": mine.next_page_token}

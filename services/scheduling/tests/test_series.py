@@ -201,6 +201,7 @@ async def test_a_preview_books_nothing(series_desk):
         ("FREQ=DAILY;COUNT=1000000", "TOO_MANY_OCCURRENCES"),
         ("FREQ=DAILY;UNTIL=99991231", "RULE_INVALID"),
         ("FREQ=DAILY;UNTIL=29991231", "SERIES_TOO_LONG"),
+        ("FREQ=DAILY;UNTIL=20260101", "RULE_INVALID"),
         ("FREQ=SECONDLY;COUNT=2", "RULE_INVALID"),
         ("FREQ=WEEKLY;BYDAY=TU;COUNT=4", "FIRST_NOT_IN_RULE"),
         ("every week", "RULE_INVALID"),
