@@ -1,4 +1,4 @@
-"""A made-up tenant, loaded through the HTTP API: three clinics in three time zones, staff of each role, patients, visits."""
+"""A made-up tenant, loaded through the HTTP API: three clinics in three time zones, staff, patients, and scheduling at work."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
@@ -11,7 +11,7 @@ from system.importing.load import load_clinics
 from system.importing.report import Report
 from system.issuer import ISSUER, ROLES, staff_subject
 from system.process import ServerFailed
-from system.sample import people
+from system.sample import people, scheduling
 from system.sample.people import Json
 
 _AT_ONCE = 8
@@ -24,7 +24,8 @@ async def load(url: str, token: Callable[[str], str]) -> bool:
     Everything has a natural key that is looked up first, so that a load that was killed goes on where it stood. Raises ServerFailed.
     """
     clients = {
-        role: GatewayClient(url, token(role)) for role in ("admin", "integration_client", "coordinator", "scheduler")
+        role: GatewayClient(url, token(role))
+        for role in ("admin", "integration_client", "coordinator", "scheduler", "manager")
     }
     loading = _Loading(clients)
     try:
@@ -34,12 +35,14 @@ async def load(url: str, token: Callable[[str], str]) -> bool:
         if not missing:
             return False
         await loading.directory()
+        await scheduling.extend_directory(loading)
         await loading.staff()
         await loading.pools()
         await loading.patients()
         await loading.appointments()
         await loading.waitlist()
         await loading.requests()
+        await scheduling.show(loading)
         for each in missing:
             await loading.client("admin").post("/v1/questionnaires", each)
         return True
@@ -52,9 +55,9 @@ async def load(url: str, token: Callable[[str], str]) -> bool:
 class _Loading:
     def __init__(self, clients: dict[str, GatewayClient]) -> None:
         self._clients = clients
-        self._clinics: dict[str, str] = {}
+        self.clinics: dict[str, str] = {}
         self._staff: dict[str, str] = {}
-        self._patients: list[tuple[str, Json]] = []
+        self.people: list[tuple[str, Json]] = []
 
     def client(self, role: str) -> GatewayClient:
         return self._clients[role]
@@ -74,7 +77,7 @@ class _Loading:
         for clinic in await self.all("admin", "/v1/clinics", "clinics"):
             for identifier in clinic.get("identifiers", []):
                 if identifier["system"] == people.CLINIC_SYSTEM:
-                    self._clinics[identifier["value"]] = clinic["id"]
+                    self.clinics[identifier["value"]] = clinic["id"]
 
     async def staff(self) -> None:
         self._staff = {
@@ -85,7 +88,7 @@ class _Loading:
 
         async def one(role: str) -> None:
             subject = staff_subject(role)
-            record = people.staff(role, ISSUER, subject, list(self._clinics.values()))
+            record = people.staff(role, ISSUER, subject, list(self.clinics.values()))
             self._staff[subject] = (await self.client("admin").post("/v1/staff", record))["id"]
 
         await _each((role for role in ROLES if staff_subject(role) not in self._staff), one)
@@ -104,10 +107,10 @@ class _Loading:
         async def one(place: tuple[str, Json]) -> None:
             clinic, record = place
             answer = await self.client("integration_client").post(
-                "/v1/patients:upsert", {"patient": record, "clinicIds": [self._clinics[clinic]]}
+                "/v1/patients:upsert", {"patient": record, "clinicIds": [self.clinics[clinic]]}
             )
             patient_id = answer["patient"]["id"]
-            self._patients.append((clinic, {**record, "id": patient_id}))
+            self.people.append((clinic, {**record, "id": patient_id}))
             if not answer.get("created"):
                 given = await self.all("coordinator", "/v1/consents", "consents", patientId=[patient_id])
                 known = {(each["channel"], each["contactValue"]) for each in given}
@@ -118,17 +121,17 @@ class _Loading:
                     await self.client("coordinator").post("/v1/consents", {**consent, "patientId": patient_id})
 
         await _each(people.patients(), one)
-        self._patients.sort(key=lambda each: str(each[1]["identifiers"][0]["value"]))
+        self.people.sort(key=lambda each: str(each[1]["identifiers"][0]["value"]))
 
     async def appointments(self) -> None:
         """Visits within two weeks: one of each patient, two of every third."""
         kinds = {each["code"]: each["id"] for each in await self.all("scheduler", "/v1/visitTypes", "visitTypes")}
-        clinics = list(self._clinics.values())
+        clinics = list(self.clinics.values())
         booked = await self.all("scheduler", "/v1/appointments", "appointments", clinicIds=clinics)
         have = {(each["patientId"], each["visitTypeId"]) for each in booked}
 
         async def one(clinic: str) -> None:
-            own = [patient["id"] for place, patient in self._patients if place == clinic]
+            own = [patient["id"] for place, patient in self.people if place == clinic]
             wishes = [("follow-up", patient_id) for patient_id in own]
             wishes += [("annual-physical", patient_id) for patient_id in own[::3]]
             day = datetime.now(UTC).replace(hour=5, minute=0, second=0, microsecond=0) + timedelta(days=1)
@@ -137,7 +140,7 @@ class _Loading:
                 if (patient_id, kinds[code]) in have:
                     continue
                 while not offers or offers[0]["visitTypeId"] != kinds[code]:
-                    offers = await self._offers(kinds[code], self._clinics[clinic], day)
+                    offers = await self._offers(kinds[code], self.clinics[clinic], day)
                     day += timedelta(days=1)
                 offer = offers.pop(0)
                 await self.client("scheduler").post(
@@ -153,11 +156,11 @@ class _Loading:
         known = {each["patientId"] for each in waiting}
 
         async def one(clinic: str) -> None:
-            own = [patient for place, patient in self._patients if place == clinic]
+            own = [patient for place, patient in self.people if place == clinic]
             for patient, wishes in zip((own[1], own[2], own[4]), people.WAITLIST, strict=True):
                 if patient["id"] in known:
                     continue
-                facts = {"clinicIds": [self._clinics[clinic]], "language": patient["languages"][0][:2]}
+                facts = {"clinicIds": [self.clinics[clinic]], "language": patient["languages"][0][:2]}
                 code = wishes["code"]
                 if wishes["earlier"]:
                     theirs = await self.all("scheduler", "/v1/appointments", "appointments", patientIds=[patient["id"]])
@@ -180,11 +183,11 @@ class _Loading:
         client = self.client("scheduler")
 
         async def one(clinic: str) -> None:
-            own = [patient["id"] for place, patient in self._patients if place == clinic]
+            own = [patient["id"] for place, patient in self.people if place == clinic]
             for patient_id, wanted in zip(own, people.REQUESTS, strict=False):
                 if patient_id in known:
                     continue
-                request = {**wanted["request"], "patientId": patient_id, "clinicId": self._clinics[clinic]}
+                request = {**wanted["request"], "patientId": patient_id, "clinicId": self.clinics[clinic]}
                 made = await client.post("/v1/schedulingRequests", request)
                 for attempt in wanted["attempts"]:
                     await client.post(f"/v1/schedulingRequests/{made['id']}:recordAttempt", attempt)

@@ -169,6 +169,45 @@ WAITLIST: tuple[Json, ...] = (
 )
 
 
+# -- directory that no file of clinics has ---------------------------------------------------------------------------
+
+RESOURCES: tuple[Json, ...] = (
+    {
+        "kind": "interpreter",
+        "name": "Interpreter for Russian and Mandarin",
+        "languages": ["ru", "zh"],
+        "weeklyHours": [{"weekday": day, "start": "09:00", "end": "15:00"} for day in (1, 3, 5)],
+    },
+    {
+        "kind": "gym",
+        "name": "Gym",
+        "weeklyHours": [{"weekday": day, "start": "08:00", "end": "20:00"} for day in range(1, 6)],
+    },
+    {
+        "kind": "ultrasound",
+        "name": "Ultrasound, shared with the hospital",
+        "weeklyHours": [{"weekday": day, "start": "13:00", "end": "17:00"} for day in (2, 4)],
+    },
+)
+"""With hours of their own, at the first clinic."""
+THERAPIST: Json = {
+    "name": {"familyName": "Aldous", "givenNames": ["Sunniva"]},
+    "languages": ["en-US"],
+    "licensedStates": ["NY"],
+}
+REPLACED = ((1, "08:00"), (5, "13:00"))
+"""Weekdays and starts of the first practitioner's blocks in whose place stand `blocks`."""
+
+
+def blocks(new_patient: str) -> list[Json]:
+    """Of a Monday morning's visits two are for who is new; the end of Friday afternoon is opened two days before."""
+    return [
+        {"weekday": 1, "start": "08:00", "end": "12:00", "quotas": [{"atMost": 2, "visitTypeIds": [new_patient]}]},
+        {"weekday": 5, "start": "13:00", "end": "15:00"},
+        {"weekday": 5, "start": "15:00", "end": "17:00", "releaseHours": 48},
+    ]
+
+
 def _options(*texts: tuple[str, str]) -> list[Json]:
     return [{"value": value, "text": {"en": en, "es": es}} for value, (en, es) in enumerate(texts)]
 
