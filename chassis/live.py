@@ -282,6 +282,12 @@ class Live:
         listening.discard(watcher)
         if not listening:
             del self._watchers[watcher.key]
+            view = watcher.watch.view
+            if not any(one is view for one, _, _ in self._watchers):
+                for kind in view.kinds:
+                    self._views[kind].discard(view)
+                    if not self._views[kind]:
+                        del self._views[kind]
         self._streams.dec()
         self._ends.labels(why).inc()
 

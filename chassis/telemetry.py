@@ -216,6 +216,10 @@ class RpcSpan:
         if reason:
             self.span.set_attribute("care.reason", reason)
 
+    def left(self) -> None:
+        """Cancelled by us who had what we wanted, such as a stream that its reader leaves: no error."""
+        self._code, self._is_error = grpc.StatusCode.CANCELLED, lambda _: False
+
     def set_attribute(self, name: str, value: AttributeValue) -> None:
         self.span.set_attribute(name, value)
 
@@ -389,7 +393,9 @@ class Telemetry:
         )
 
     def client_span(self, method: str | bytes, *, server_address: str | None = None) -> AbstractContextManager[RpcSpan]:
-        """`with` it around calling `method`; send `current_traceparent()` from inside. Any code but OK is an error."""
+        """`with` it around calling `method`; send `current_traceparent()` from inside. Any code but OK is an error, but for
+        a stream that was `left`.
+        """
         attributes = {"server.address": server_address} if server_address else {}
         return self._call(
             SpanKind.CLIENT,
@@ -532,6 +538,10 @@ def _with_traceparent(details: ClientCallDetails) -> ClientCallDetails:
     return ClientCallDetails(details.method, details.timeout, metadata, details.credentials, details.wait_for_ready)
 
 
+_LEFT = "Locally cancelled by application!"
+"""What grpc.aio says of a call that this side has cancelled."""
+
+
 class _UnaryInterceptor(grpc.aio.UnaryUnaryClientInterceptor):
     def __init__(self, telemetry: Telemetry, server_address: str | None) -> None:
         self._telemetry = telemetry
@@ -580,7 +590,11 @@ class _StreamInterceptor(grpc.aio.UnaryStreamClientInterceptor):
                     call.cancel()
                 else:
                     begun.set_result(call)
-                span.set_code(await call.code())
+                code = await call.code()
+                if code is grpc.StatusCode.CANCELLED and await call.details() == _LEFT:
+                    span.left()
+                else:
+                    span.set_code(code)
 
         task = asyncio.get_running_loop().create_task(follow())
         self._open.add(task)

@@ -152,6 +152,16 @@ async def test_only_the_scope_of_the_same_tenant_is_told(hub: Hub) -> None:
     assert (told[1].resource.type, told[1].resource.id, told[1].event_type) == ("Pool", "a1", "pool.changed")
 
 
+async def test_what_nobody_looks_at_is_no_longer_kept(hub: Hub) -> None:
+    """Each kind of view that was ever opened was kept, and its events read for nobody."""
+    await hub.watch()
+    assert hub.live._views
+    for task in list(hub._open):
+        task.cancel()
+    await asyncio.gather(*hub._open, return_exceptions=True)
+    assert not hub.live._views and not hub.live._watchers
+
+
 async def test_a_view_of_a_field_that_events_do_not_have_is_refused_when_it_is_made() -> None:
     with pytest.raises(ValueError, match="no field clinic"):
         View("Pool", frozenset({"pool"}), events_pb2.PoolState, ("clinic",))

@@ -678,6 +678,8 @@ async def test_a_stream_left_by_its_reader_ends_as_cancelled():
         await asyncio.wait_for(service.cancelled.wait(), 3)
         (served,), (called,) = await service.outcome()
         assert codes([served, called]) == ["CANCELLED", "CANCELLED"]
+        assert called.status.status_code is SpanStatus.UNSET, "whoever leaves a stream has had what they wanted"
+        assert "error.type" not in called.attributes
 
 
 async def test_a_server_that_is_away_is_unavailable():

@@ -26,7 +26,8 @@ async def bootstrap(
 ) -> None:
     """Write the shipped roles and pools that a tenant lacks and, with a `subject`, an administrator with that sign-in.
 
-    Goes to the database itself, since before this nobody may call. Doing it again changes nothing.
+    Goes to the database itself, since before this nobody may call. Doing it again changes nothing but this: a release that
+    ships a role with a permission that no former one had adds it to the stored role, of every tenant.
     """
     telemetry = Telemetry.create(SERVICE.name, otlp_endpoint=None, environment="bootstrap", version="0")
     settings = Settings(database_url=database_url, pool_size=1)
@@ -34,14 +35,14 @@ async def bootstrap(
     tables = SERVICE.base.metadata.info["chassis"].access
     try:
         async with database.acting("system:patients") as db:
-            known = set((await db.execute(select(Role.name).where(Role.tenant_id == tenant_id))).scalars())
-            roles = [
-                Role(tenant_id=tenant_id, id=new_id(), name=name, permissions=sorted(permissions))
-                for name, permissions in SHIPPED.items()
-                if name not in known
-            ]
-            for role in roles:
-                role.tell("changed")
+            stored = select(Role).where(Role.name.in_(SHIPPED)).order_by(Role.tenant_id, Role.name)
+            roles = list((await db.execute(stored.with_for_update(key_share=True))).scalars())
+            known = {role.name for role in roles if role.tenant_id == tenant_id}
+            roles = [role for role in roles if role.ship(SHIPPED[role.name])]
+            for name in SHIPPED.keys() - known:
+                role = Role(tenant_id=tenant_id, id=new_id(), name=name, permissions=[], shipped=[])
+                role.ship(SHIPPED[name])
+                roles.append(role)
             db.add_all(roles)
             await db.flush()
             for role in roles:

@@ -1,5 +1,6 @@
 """Staff, pools, roles and logins."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import Index, Text, UniqueConstraint, text
@@ -127,6 +128,20 @@ class Role(Aggregate, Base):
 
     name: Mapped[str]
     permissions: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list)
+    # What releases have ever shipped with it: what is not among these is new, what is and is lacking was taken away.
+    shipped: Mapped[list[str]] = mapped_column(ARRAY(Text), default=list, server_default=text("'{}'"))
+
+    def ship(self, permissions: Iterable[str]) -> bool:
+        """Add what a release ships that no former one did; what the tenant has taken away stays away. Whether it changed."""
+        fresh = set(permissions) - set(self.shipped or ())
+        if not fresh:
+            return False
+        self.shipped = sorted({*(self.shipped or ()), *fresh})
+        before = self.permissions or []
+        if fresh <= set(before):
+            return False
+        self.change([*before, *fresh])
+        return True
 
     def change(self, permissions: list[str]) -> None:
         """Replace the permissions and tell them."""

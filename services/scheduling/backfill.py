@@ -403,7 +403,7 @@ async def accept(db: AsyncSession, hold: Appointment, offer: WaitlistOffer, entr
     """
     if hold.status is Status.PENDING:
         hold.book()
-        if await occupancy.keep(db, hold.tenant_id, hold.id) < len(hold.participants):
+        if not await booking.keep(db, hold, db.info["act"].now):
             raise over()
     elif hold.status not in _STANDING:  # booked by somebody at the desk is as good
         raise over()

@@ -30,6 +30,7 @@ from services.scheduling.occupancy import LANES, PACKED, Span
 from services.scheduling.offers import Place
 
 _PATIENT, _PRACTITIONER = "patient", "practitioner"
+_NEARLY_OVER = timedelta(minutes=2)  # longer than any transaction lasts
 NOBODY = "00000000-0000-0000-0000-000000000000"
 
 
@@ -596,6 +597,17 @@ async def keep_quotas(
             "As many such visits as the hours permit start there already.",
             new_patients=str(all(quota.new_patients for quota in reached)).lower(),
         )
+
+
+async def keep(db: AsyncSession, hold: Appointment, now: datetime) -> bool:
+    """Make a hold's time stay for good; whether all of it was still there. The hold's row is locked.
+
+    Shortly before its end the numbers are locked, too: whoever looks after the end would no longer count the hold against a
+    quota, though it is about to be a booking.
+    """
+    if hold.hold_expire_time is not None and hold.hold_expire_time - now < _NEARLY_OVER:
+        await occupancy.lock(db, sorted(await occupancy.numbers(db, hold.tenant_id, hold.id)))
+    return await occupancy.keep(db, hold.tenant_id, hold.id) >= len(hold.participants)
 
 
 async def end_expired(db: AsyncSession, tenant_id: str, spans: Sequence[Span]) -> list[str]:

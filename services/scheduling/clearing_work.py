@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import and_, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from chassis.errors import Invalid, LostRace, Problem
+from chassis.errors import FailedPrecondition, Invalid, LostRace, Problem
 from chassis.ids import new_id
 from chassis.timers import due
 from services.scheduling import booking, moving, occupancy
@@ -33,6 +33,11 @@ _DAYS_AHEAD = 60
 _OWN, _OTHERS, _KEPT = 150, 150, 3
 _TRIES = 6
 _PAUSE = timedelta(seconds=1)
+_PROMISED = (
+    "visit_type_id", "clinic_id", "practitioner_id", "start_time", "end_time", "time_zone", "modality",
+    "late_cancel_hours", "security_labels", "overbooking", "interpreter_language", "new_patient",
+)  # fmt: skip
+"""What a hold says of the time that it takes."""
 
 Windows = Sequence[tuple[str, int, int]]
 """Clinic, first and last instant of what is being cleared."""
@@ -212,20 +217,21 @@ async def _hold(runtime: "Runtime", db: AsyncSession, visit: Appointment, place:
 
 
 async def accept(db: AsyncSession, row: ClearingVisit, visit: Appointment, hold: Appointment, now: datetime) -> None:
-    """Move a visit to the time that is held for it; both appointments' rows are locked. Raises what a booking raises.
+    """Move a visit to the time that is held for it; both appointments' rows are locked.
 
-    What both have is locked before the hold's rows go: whoever wants its time finds all of them gone or none.
+    The time was promised: as where any hold is booked, nothing is chosen anew, and who was overbooked over it since stays
+    beside it. Raises FailedPrecondition `HOLD_EXPIRED`.
     """
-    place = place_of(hold)
     numbers = await occupancy.numbers(db, visit.tenant_id, visit.id, hold.id)
     await occupancy.lock(db, sorted(set(numbers)))
-    hold.release()
-    await db.flush()
-    await occupancy.free(db, (hold.tenant_id, hold.id))
-    chosen = await booking.choose(db, visit.tenant_id, visit.patient_id, _wanted(visit, place), now, moving=visit)
+    held = {name: getattr(hold, name) for name in _PROMISED}
+    held["participants"] = [{**one, "status": "ACCEPTED"} for one in hold.participants]
     version = visit.version
-    visit.reschedule(**chosen.values())
-    await chosen.take(db, visit)
+    hold.release()
+    visit.reschedule(**held)
+    await db.flush()
+    if await occupancy.hand_over(db, visit.tenant_id, hold.id, visit.id) < len(hold.participants):
+        raise FailedPrecondition("HOLD_EXPIRED", "The time is no longer held; search again.")
     row.decide("accept", appointment_version=version, offers=row.offers)
 
 

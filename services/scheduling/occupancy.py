@@ -205,6 +205,15 @@ async def keep(db: AsyncSession, tenant_id: str, holder_id: str) -> int:
     return len(rows.all())
 
 
+async def hand_over(db: AsyncSession, tenant_id: str, hold_id: str, holder_id: str) -> int:
+    """Give a holder what a hold has, for good, and nothing else: whatever was permitted to share its time since goes on
+    sharing it. Answers how many rows were still standing. The numbers of both must be locked.
+    """
+    await free(db, (tenant_id, holder_id))
+    rows = await db.execute(_HAND_OVER, {"tenant": tenant_id, "hold": hold_id, "holder": holder_id})
+    return len(rows.all())
+
+
 async def free(db: AsyncSession, *holders: tuple[str, str]) -> None:
     """Give back all that these (tenant, holder) have. Their own rows must be locked."""
     tenants, ids = [tenant for tenant, _ in holders], [holder for _, holder in holders]
@@ -279,6 +288,10 @@ _KEEP = text(
     "UPDATE occupancy SET expire_time = NULL WHERE tenant_id = :tenant AND holder_id = :holder"
     " AND (expire_time IS NULL OR expire_time > clock_timestamp()) RETURNING no"
 ).bindparams(*_WHOSE)
+_HAND_OVER = text(
+    "UPDATE occupancy SET holder_id = :holder, expire_time = NULL WHERE tenant_id = :tenant AND holder_id = :hold"
+    " AND (expire_time IS NULL OR expire_time > clock_timestamp()) RETURNING no"
+).bindparams(*_WHOSE, bindparam("hold", type_=_UUID))
 _FREE = text(
     "DELETE FROM occupancy o USING unnest(:tenants, :holders) AS f(tenant_id, holder_id)"
     " WHERE o.tenant_id = f.tenant_id AND o.holder_id = f.holder_id"

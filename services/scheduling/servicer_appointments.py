@@ -117,7 +117,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
         appointment.comment = request.comment or appointment.comment
         appointment.book()
         # Who took the slot over has taken the rows away; one that is merely late finds them expired.
-        if await occupancy.keep(call.db, call.tenant_id, appointment.id) < len(appointment.participants):
+        if not await booking.keep(call.db, appointment, call.now):
             raise _hold_expired()
         return await _answer(call, appointment)
 

@@ -66,7 +66,9 @@ async def read(call: Call, clinic_id: str, day: date | None, request: pb.ListDay
     )
     visits = [row for row in rows if board.shown(row, now)]
     first = not request.page_token
-    columns = board.arrange(visits, orjson.loads(people), now, everybody=first)
+    # Who else works there, and what they are called, is the directory's.
+    named = orjson.loads(people) if call.allows("directory.read") else ()
+    columns = board.arrange(visits, named, now, everybody=first)
     counts = Counter(Status[row.status.name] for row in visits)
     return Board(day.isoformat(), zone, now, columns, [(one, counts[one]) for one in Status if counts[one]], following)
 

@@ -54,6 +54,8 @@ class CalendarFeedsServicer(CalendarFeedsServiceServicer):
         )
         if not await _may_show(call, feed):
             raise NotFound
+        # One after the other: two at once would each see the last place free.
+        await call.db.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"feeds {call.caller.id}", 0))))
         mine = call.select(CalendarFeed).where(CalendarFeed.maker_id == call.caller.id, CalendarFeed.status == "ACTIVE")
         counted = await call.db.execute(select(func.count()).select_from(mine.limit(AT_MOST).subquery()))
         if counted.scalar_one() >= AT_MOST:

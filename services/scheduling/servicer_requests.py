@@ -10,7 +10,7 @@ from care.scheduling.v1.requests_pb2_grpc import (
 from sqlalchemy import func, select
 
 from chassis.call import Call, require_etag
-from chassis.errors import Aborted, FailedPrecondition, Invalid
+from chassis.errors import Aborted, FailedPrecondition, Invalid, PermissionDenied
 from chassis.ids import new_id
 from chassis.reading import Rows
 from chassis.wire import OUTPUT_ONLY, enum_names, etag_of, given, given_time, plain, to_proto
@@ -49,6 +49,10 @@ class SchedulingRequestsServicer(SchedulingRequestsServiceServicer):
             raise Invalid("BASED_ON_UNKNOWN", "A request is based on a Referral.", field="scheduling_request.based_on")
         labels = await _know(call, values)
         by_patient = call.caller.kind in ("patient", "related")
+        if by_patient and values.get("priority") == "STAT":
+            raise PermissionDenied(
+                "PRIORITY_REFUSED", "Only staff say that a visit can't wait; in an emergency call 911."
+            )
         owner = values.pop("owner", None)
         if owner is not None and not by_patient:  # who works on it is for staff to say
             await _know_owner(call, owner, "scheduling_request.owner")

@@ -413,3 +413,35 @@ async def test_the_role_that_gives_rights_cannot_lose_its_own(harness, clinics):
     with pytest.raises(Problem) as refused:
         await harness.call("patients", RolesServiceStub, "UpdateRole", request, "rosa")
     assert refused.value.reason == "ADMIN_NEEDED"
+
+
+async def test_a_role_gets_what_a_later_release_ships_and_never_back_what_was_taken_away(harness, monkeypatch):
+    """Roles are stored once: a tenant's schedulers never got the permissions of features that came after."""
+    server, tenant = harness.servers["patients"], new_id()
+
+    async def start(shipped):
+        monkeypatch.setattr("services.patients.bootstrap.SHIPPED", {"scheduler": frozenset(shipped)})
+        await bootstrap(server.settings.database_url, tenant_id=new_id(), issuer="https://issuer.test")
+
+    async def stored():
+        async with server.database.engine.begin() as connection:
+            found = "SELECT permissions, version FROM role WHERE tenant_id = :tenant AND name = 'scheduler'"
+            return (await connection.execute(text(found), {"tenant": tenant})).one()
+
+    monkeypatch.setattr(
+        "services.patients.bootstrap.SHIPPED", {"scheduler": frozenset({"self.read", "appointments.book"})}
+    )
+    await bootstrap(server.settings.database_url, tenant_id=tenant, issuer="https://issuer.test")
+    async with server.database.engine.begin() as connection:  # the tenant's own choice
+        await connection.execute(
+            text("UPDATE role SET permissions = '{self.read,staff.read}' WHERE tenant_id = :tenant"), {"tenant": tenant}
+        )
+    # Whoever starts it: all tenants' roles are brought up to date.
+    await start({"self.read", "appointments.book", "waitlist.write"})
+    permissions, version = await stored()
+    assert permissions == ["self.read", "staff.read", "waitlist.write"]
+    async with server.database.engine.begin() as connection:
+        told = "SELECT permissions FROM role_permissions WHERE tenant_id = :tenant AND name = 'scheduler'"
+        assert sorted((await connection.execute(text(told), {"tenant": tenant})).scalar_one()) == permissions
+    await start({"self.read", "appointments.book", "waitlist.write"})
+    assert await stored() == (permissions, version)

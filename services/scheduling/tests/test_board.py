@@ -128,3 +128,11 @@ def test_who_was_taken_back_no_longer_waits():
     assert board.arrival(visit) is None
     visit.status = Status.CHECKED_IN
     assert now - board.arrival(visit) == timedelta(hours=1)
+
+
+async def test_who_works_there_is_named_to_those_who_may_read_the_directory(desk, clinic):
+    visit = await book(desk, 18)
+    await desk.harness.staff("nina", ["appointments.read"], clinics=[desk.ward])
+    seen = await look(desk, subject="nina")
+    assert visit.id in {one.id for column in seen.columns for one in column.visits}
+    assert all(column.visits and not column.HasField("name") for column in seen.columns)

@@ -258,3 +258,30 @@ async def test_the_same_request_id_clears_once(clearer, desk):
         directory_pb2.ListSchedulesRequest(practitioner_ids=[doctor]), "mona",
     )  # fmt: skip
     assert [one.date for one in schedules.schedules[0].exceptions] == [day.date().isoformat()]
+
+
+async def test_an_offer_is_accepted_though_somebody_was_overbooked_over_its_hold(clearer, desk):
+    """The held time was promised: what is permitted to share it since, shares it with the visit too."""
+    crowded = await desk.a_visit_type(f"crowded-{new_id()}", overbooking_cap=2)
+    doctor = await desk.a_practitioner(f"Away {new_id()[-4:]}")
+    day = soon(26)
+    visit = await desk.book(await desk.a_patient(), day, doctor, visit_type_id=crowded)
+    clearing = (await clearer.clear(doctor, day)).clearing
+    await clearer.done(clearing)
+    row = (await clearer.visits(clearing))[visit.id]
+    hold = await desk.do("Get", row.hold_id)
+    over = await desk.book(
+        await desk.a_patient(), start(hold), hold.practitioner_id, "sam", visit_type_id=crowded,
+        overbooking={"reason": "urgent"},
+    )  # fmt: skip
+    assert over.overbooking == 1
+    assert (await clearer("AcceptClearingVisit", pb.AcceptClearingVisitRequest(id=row.id))).status == Status.MOVED
+    moved = await desk.do("Get", visit)
+    assert (moved.start_time, moved.practitioner_id) == (hold.start_time, hold.practitioner_id)
+    assert {one.status for one in moved.participants} == {visit.participants[0].status}
+    left = await desk.sql(
+        "SELECT holder_id::text, expire_time FROM occupancy WHERE holder_id = ANY(:ids)", ids=[visit.id, hold.id]
+    )
+    assert {tuple(one) for one in left} == {(visit.id, None)} and len(left) == len(moved.participants)
+    assert await refused(desk.book(await desk.a_patient(), start(hold), hold.practitioner_id)) == "SLOT_TAKEN"
+    assert await desk.overlaps() == []

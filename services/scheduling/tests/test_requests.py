@@ -257,3 +257,11 @@ async def test_wishes_are_put_whole_and_guarded_by_their_etag(queue, desk):
     unknown = pb.SchedulingPreferences(clinic_ids=[new_id()])
     bad = pb.SetSchedulingPreferencesRequest(patient_id=patient, preferences=unknown)
     assert await refused(queue("SetSchedulingPreferences", bad)) == "CLINIC_UNKNOWN"
+
+
+async def test_a_patient_does_not_say_that_a_visit_cannot_wait(queue):
+    """STAT stands before all others in the queue: that is for staff to say."""
+    patient = await queue.desk.a_patient()
+    await queue.desk.harness.staff("paul", ["requests.ask", "requests.read"], kind="PATIENT", principal_id=patient)
+    assert await refused(queue.ask(patient, "paul", priority="STAT")) == "PRIORITY_REFUSED"
+    assert (await queue.ask(patient, priority="STAT")).id

@@ -11,6 +11,7 @@ from care.patients.v1.facts_pb2_grpc import FactsServiceServicer, add_FactsServi
 from care.scheduling.v1 import appointments_pb2 as pb
 
 from chassis.ids import new_id
+from services.scheduling import occupancy
 from services.scheduling.tests.desk import ALWAYS, refused, soon
 
 NEW_YORK = ZoneInfo("America/New_York")
@@ -314,3 +315,24 @@ async def _seen(desk, patient):
 
 def test_the_monday_of_these_tests_is_one():
     assert date(2031, 6, 9).isoweekday() == 1
+
+
+async def test_a_hold_booked_in_the_instant_of_its_expiry_takes_no_place_that_another_got_meanwhile(desk, monkeypatch):
+    """The hold is still standing when it is booked, and over when the next one counts: both had the last place."""
+    doctor = await desk.a_practitioner("Instant", office("09:00", "11:00", quotas=[{"at_most": 1}]))
+    held = await desk.hold(await desk.a_patient(), (await monday(desk, doctor))[0], hold_seconds=1)
+    ends, keep = held.hold_expire_time.ToDatetime(UTC), occupancy.keep
+
+    async def slowly(*whose):
+        kept = await keep(*whose)
+        await asyncio.sleep(max((ends - datetime.now(UTC)).total_seconds(), 0) + 0.4)
+        return kept
+
+    monkeypatch.setattr(occupancy, "keep", slowly)
+    booking = asyncio.create_task(desk.do("Book", held))
+    await asyncio.sleep(max((ends - datetime.now(UTC)).total_seconds(), 0) + 0.1)
+    other = await asyncio.gather(desk.book(await desk.a_patient(), at(10), doctor), return_exceptions=True)
+    results = [*await asyncio.gather(booking, return_exceptions=True), *other]
+    started = await desk.sql("SELECT 1 FROM appointment WHERE practitioner_id = :who AND status = 'BOOKED'", who=doctor)
+    assert len(started) == 1, results
+    assert [getattr(one, "reason", "") for one in results] == ["", "QUOTA_REACHED"]
