@@ -49,7 +49,7 @@ def main() -> None:
 
 @app.callback()
 def _prepare(context: typer.Context) -> None:
-    if context.invoked_subcommand == "import" and "--help" not in sys.argv:
+    if context.invoked_subcommand in ("import", "hours") and "--help" not in sys.argv:
         # A system that runs here is the one that is meant.
         folder = Path(os.environ.get("CARE_DATA", DATA))
         running = _running(folder)
@@ -356,9 +356,10 @@ def doctor(
 
 
 def _add_import() -> None:
-    from system.importing.cli import import_app
+    from system.importing.cli import hours_app, import_app
 
     app.add_typer(import_app, name="import")
+    app.add_typer(hours_app, name="hours")
 
 
 _OTHERS = {each.callback.__name__ for each in app.registered_commands if each.callback} | {"audit", "waitlist"}

@@ -268,6 +268,7 @@ BY_HAND: dict[str, Callable[[Any, str, Walk], object]] = {
     "SearchDayCounts": lambda request, _id, walk: _set(request.search, visit_type_id=walk.visit_type),
     "SearchPanel": lambda request, _id, walk: [_set(step, visit_type_id=walk.visit_type) for step in request.steps],
     "GetStrandedAppointments": lambda request, row_id, _walk: _set(request, schedule_id=row_id),
+    "GetHoursPreview": lambda request, _id, walk: _set(request, practitioner_id=walk.practitioner),
     "CreateResource": lambda request, _id, _walk: _set(request.resource, kind="audited", name="A"),
     "CreateAppointment": lambda request, _id, walk: _set(request, clinic_id="", offer_token=walk.offers.pop()),
     "WalkInAppointment": lambda request, _id, walk: (

@@ -10,6 +10,7 @@ from care.scheduling.v1 import (
     directory_pb2,
     events_pb2,
     feeds_pb2,
+    hours_pb2,
     imports_pb2,
     live_pb2,
     measures_pb2,
@@ -46,6 +47,7 @@ from services.scheduling.servicer_directory import (
     VisitTypesServicer,
 )
 from services.scheduling.servicer_feeds import CalendarFeedsServicer, CalendarLinksServicer
+from services.scheduling.servicer_hours import HoursServicer
 from services.scheduling.servicer_imports import AppointmentImportsServicer
 from services.scheduling.servicer_live import ScheduleLiveServicer
 from services.scheduling.servicer_measures import MeasuresServicer
@@ -76,6 +78,7 @@ SERVICE = Service(
             _directories
         ),
         appointments_pb2.DESCRIPTOR.services_by_name["AppointmentsService"]: AppointmentsServicer(),
+        hours_pb2.DESCRIPTOR.services_by_name["HoursService"]: HoursServicer(),
         imports_pb2.DESCRIPTOR.services_by_name["AppointmentImportsService"]: AppointmentImportsServicer(),
         board_pb2.DESCRIPTOR.services_by_name["DayBoardService"]: DayBoardServicer(),
         clearings_pb2.DESCRIPTOR.services_by_name["ClearingsService"]: ClearingsServicer(),

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from system.importing.bundles import Rules
 from system.importing.client import GatewayClient
 from system.importing.clinics import ClinicsFile, ClinicsFileBroken, read_clinics
+from system.importing.hours import HoursReport, load_hours
 from system.importing.load import AT_ONCE, NothingToImport, load_bundles, load_clinics
 from system.importing.report import Report
 from system.importing.visits_file import NAMES, FileBroken, Reading
@@ -124,6 +125,55 @@ def calendar_command(
     report.print(Console(), dry_run)
     if report_file is not None:
         report.write(report_file)
+    raise typer.Exit(report.exit_status())
+
+
+hours_app = typer.Typer(help="Hours in which practitioners see patients.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@hours_app.callback()
+def _hours() -> None:
+    """With one command only, Typer would leave its name out."""
+
+
+@hours_app.command("import")
+def hours_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A block of weekly hours a line, .csv.")],
+    url: Annotated[str, typer.Option(envvar="CARE_URL", help="The gateway.")] = DEFAULT_URL,
+    token: Annotated[str, typer.Option(envvar="CARE_TOKEN", help="A token that may import.", show_default=False)] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would change and which visits would stand outside.")
+    ] = False,
+) -> None:
+    """Set weekly hours out of a CSV file. Runs again change nothing.
+
+    Columns: practitioner, clinic, weekday (Mo … Su, or Mo-Fr), from, to; if wanted practitioner_system, clinic_system (id
+    for our own ids), visit_types (codes parted by ;), valid_from, valid_until, staff_only (yes or no), release_hours. What
+    the file has of a practitioner at a clinic replaces all weekly hours there; days that differ stay. Visits that no longer
+    fit stay where they are and become tasks.
+
+    Exit status: 0 all is set, 1 something is refused (then nothing was set) or not tried, 2 it could not start.
+    """
+    errors = Console(stderr=True)
+    if not token:
+        errors.print(UNSIGNED)
+        raise typer.Exit(2)
+    report = HoursReport()
+    stamina.instrumentation.set_on_retry_hooks([])
+
+    async def run(progress: Progress) -> None:
+        async with GatewayClient(url, token) as client:
+            await load_hours(file, client, report, dry_run=dry_run, progress=progress)
+
+    try:
+        with _progress(errors) as progress:
+            asyncio.run(run(progress))
+    except FileBroken as error:
+        errors.print(str(error), markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        report.stopped = "by Ctrl-C"
+    report.print(Console(), dry_run)
     raise typer.Exit(report.exit_status())
 
 

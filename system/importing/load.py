@@ -363,7 +363,7 @@ class _FileLoading:
                 await self.loading.client.post(path, record)
                 self.loading.report.took(kind, "created")
                 return
-            changes = {name: value for name, value in record.items() if not _same(value, known.get(name))}
+            changes = {name: value for name, value in record.items() if not same(value, known.get(name))}
             if changes:
                 await self.loading.client.patch(f"{path}/{known['id']}", changes, known.get("etag", ""))
             self.loading.report.took(kind, "changed" if changes else "unchanged")
@@ -440,7 +440,7 @@ def _once(records: Iterable[Json]) -> list[Json]:
     return list({record["id"]: record for record in records}.values())
 
 
-def _same(wanted: Any, found: Any) -> bool:
+def same(wanted: Any, found: Any) -> bool:
     """Whether two values of proto3 JSON say the same: defaults may be left out, hours are a set."""
     return bool(_plain({"value": wanted}) == _plain({"value": found}))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from system.importing.client import GatewayClient
+from system.importing.hours import HoursReport, load_hours
 from system.importing.visits_file import Reading
 from system.importing.visits_load import VisitsReport, load_visits
 from system.run import System
@@ -67,3 +68,55 @@ async def test_a_calendar_is_taken_over_once(systems: Callable[..., Awaitable[Sy
         visits = await staff.all_of("/v1/appointments", "appointments", {"patientIds": [first["id"], second["id"]]})
     mine = {one["identifiers"][0]["value"]: one["status"] for one in visits if one.get("sourceSystem") == "legacy"}
     assert mine == {"V1": "BOOKED", "V2": "BOOKED", "V4": "NOSHOW"}
+
+
+async def test_weekly_hours_come_out_of_a_file_and_whom_they_leave_outside_is_told_before(
+    systems: Callable[..., Awaitable[System]], tmp_path: Path
+) -> None:
+    system = await systems(kafka=False)
+    async with GatewayClient(system.url, system.token("coordinator")) as staff:
+        schedules = await staff.all_of("/v1/schedules", "schedules")
+        ahead = {"startTimeFrom": [f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"], "statuses": ["BOOKED"]}
+        visits = await staff.all_of("/v1/appointments", "appointments", ahead)
+        visit = [one for one in visits if not one.get("sourceSystem") and not one.get("sessionId")][-1]
+    seat = visit["practitionerId"], visit["clinicId"]
+    (before,) = (one for one in schedules if (one["practitionerId"], one["clinicId"]) == seat)
+    file = tmp_path / "hours.csv"
+    header = (
+        "practitioner,practitioner_system,clinic,clinic_system,weekday,from,to,visit_types,valid_until,staff_only\n"
+    )
+    file.write_text(header + f"{seat[0]},id,{seat[1]},id,Mo-Su,03:00,03:30,,,yes\n")
+
+    async def run(*, dry_run: bool = False) -> HoursReport:
+        report = HoursReport()
+        async with GatewayClient(system.url, system.token("integration_client")) as client:
+            await load_hours(file, client, report, dry_run=dry_run)
+        return report
+
+    dry = await run(dry_run=True)
+    assert [(one.outcome, one.lines) for one in dry.seats] == [("changed", (2,))]
+    assert visit["id"] in [appointment_id for appointment_id, _ in dry.seats[0].visits]
+    async with GatewayClient(system.url, system.token("integration_client")) as client:
+        (now,) = (one for one in await client.all_of("/v1/schedules", "schedules") if one["id"] == before["id"])
+        assert now == before
+    real = await run()
+    assert real.seats == dry.seats and real.exit_status() == 0
+    assert [(one.outcome, one.left) for one in (await run()).seats] == [("unchanged", 0)]
+    async with GatewayClient(system.url, system.token("coordinator")) as staff:
+        path = f"/v1/schedules/{before['id']}/strandedAppointments"
+        assert visit["id"] in [one["id"] for one in (await staff._call("GET", path))["appointments"]]
+    # Nothing is set where one line is wrong; and what was there comes back.
+    file.write_text(
+        file.read_text() + f"nobody,,{seat[1]},id,Mo,09:00,10:00,,,\n{seat[0]},id,{seat[1]},id,Mo,03:15,04:00,dance,,\n"
+    )
+    wrong = await run()
+    assert sorted(wrong.problems) == [(3, "there is no such practitioner"), (4, "there is no such visit type")]
+    assert wrong.seats == [] and wrong.exit_status() == 1
+    file.write_text(
+        file.read_text().replace("nobody,,", f"{seat[0]},id,").replace("dance", "").replace("09:00", "03:20")
+    )
+    overlapping = await run()
+    assert [line for line, _ in overlapping.problems] == [2] and "HOURS_OVERLAP" in overlapping.problems[0][1]
+    async with GatewayClient(system.url, system.token("integration_client")) as client:
+        (now,) = (one for one in await client.all_of("/v1/schedules", "schedules") if one["id"] == before["id"])
+        await client.patch(f"/v1/schedules/{before['id']}", {"weeklyHours": before["weeklyHours"]}, now["etag"])

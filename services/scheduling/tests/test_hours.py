@@ -5,16 +5,18 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from care.scheduling.v1 import appointments_pb2 as pb
-from care.scheduling.v1 import directory_pb2, stranded_pb2
+from care.scheduling.v1 import directory_pb2, hours_pb2, stranded_pb2
 from care.scheduling.v1.directory_pb2_grpc import (
     ClinicsServiceStub,
     PractitionersServiceStub,
     ResourcesServiceStub,
     SchedulesServiceStub,
 )
+from care.scheduling.v1.hours_pb2_grpc import HoursServiceStub
 from care.scheduling.v1.stranded_pb2_grpc import StrandedAppointmentsServiceStub
 
 from chassis.errors import Problem
+from chassis.ids import new_id
 from services.scheduling.tests.desk import ALWAYS, refused, soon
 
 NEW_YORK = ZoneInfo("America/New_York")
@@ -233,3 +235,29 @@ async def test_a_room_that_is_no_longer_there_strands_the_visits_that_hold_it(de
         await told(desk, held, "appointment.stranded", 3) == 2
         and await told(desk, beside, "appointment.stranded", 1) == 0
     )
+
+
+async def test_hours_are_tried_out_before_they_are_set(desk):
+    doctor = await desk.a_practitioner("Preview", hours=())
+    schedule = await desk.hours(doctor)
+    start = soon(40, 14)
+    left = await desk.book(await desk.a_patient(), start, doctor)
+    await desk.book(await desk.a_patient(), start + timedelta(days=1), doctor)
+    everywhere = [block(day, "00:00", "00:00") for day in range(1, 8)]
+
+    async def preview(weekly, subject="ada", **more):
+        request = hours_pb2.GetHoursPreviewRequest(practitioner_id=doctor, clinic_id=desk.clinic, weekly_hours=weekly)
+        request.MergeFrom(hours_pb2.GetHoursPreviewRequest(**more))
+        return await desk.harness.call("scheduling", HoursServiceStub, "GetHoursPreview", request, subject)
+
+    assert (await preview(everywhere)).total == 0
+    day = start.astimezone(ZoneInfo("America/New_York")).isoweekday()
+    found = await preview([one for one in everywhere if one["weekday"] != day])
+    assert (found.total, [one.appointment_id for one in found.visits]) == (1, [left.id])
+    assert await stranded(desk, schedule) == [] and await told(desk, left.id, "appointment.stranded", 1) == 0
+    assert await refused(preview([*everywhere, block(1, "09:00", "10:00")])) == "HOURS_OVERLAP"
+    assert await refused(preview([], clinic_id=new_id())) == "CLINIC_UNKNOWN"
+    assert await refused(preview([], practitioner_id=new_id())) == "PRACTITIONER_UNKNOWN"
+    # What is outside already isn't the new hours' doing.
+    await change(desk, schedule, '"1"', weekly_hours=[one for one in everywhere if one["weekday"] != day])
+    assert (await preview([])).total == 1
