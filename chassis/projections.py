@@ -1,13 +1,48 @@
 """What a service keeps of others' data: full states, each replaced by a newer one only."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from sqlalchemy import Table, TextClause, bindparam, text
+from sqlalchemy import BigInteger, Select, Table, Text, TextClause, bindparam, select, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from chassis.model import Id, Ids
 
 if TYPE_CHECKING:
     from care.events.v1.envelope_pb2 import Event
+
+
+T = TypeVar("T", bound="Team")
+
+
+class Team:
+    """A pool as patients last told it; for a service's own table of those that its work falls to."""
+
+    __tablename__ = "pool"
+
+    tenant_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger)
+    purpose: Mapped[str] = mapped_column(Text)
+    clinic_ids: Mapped[list[str]] = mapped_column(Ids)
+    active: Mapped[bool]
+
+    @classmethod
+    def in_use(cls: type[T], tenant_id: str, purposes: Sequence[str]) -> Select[tuple[T]]:
+        """Those in use that have one of these purposes, the oldest first."""
+        return select(cls).where(cls.tenant_id == tenant_id, cls.purpose.in_(purposes), cls.active).order_by(cls.id)
+
+    def serves(self, clinic_id: str) -> bool:
+        """Whether a clinic's work may fall to it: it names the clinic, or none."""
+        return not self.clinic_ids or clinic_id in self.clinic_ids
+
+
+async def keep_team(db: "_Executes", table: type[Team], event: "Event", pool: Any, **more: Any) -> bool:
+    """`keep_state` of a pool, by `PoolState`."""
+    return await keep_state(
+        db, table, event, purpose=pool.purpose, clinic_ids=list(pool.clinic_ids), active=pool.active, **more
+    )
 
 
 class _Executes(Protocol):

@@ -1,5 +1,6 @@
 """What patients does on events: the timeline, relations to clinics, and tasks that come and go with their cause."""
 
+from collections.abc import Callable
 from datetime import UTC
 from typing import Any
 
@@ -141,10 +142,6 @@ def _first(payload: Message, *names: str) -> Any:
     return next((value for name in names if (value := getattr(payload, name, ""))), "")
 
 
-async def _is_outdated(db: AsyncSession, event: Event) -> bool:
-    return await timeline.is_outdated(db, event.tenant_id, event.patient_id, event.aggregate_id, event.version)
-
-
 # First, so that the others of the same event see by the timeline whether it is the latest.
 for _payload, _types in _TIMELINE.items():
     reactions.on(*_types, payload=_payload, shares=True)(_on_timeline)
@@ -183,21 +180,79 @@ async def relate_by_referral(referral: referrals.ReferralEvent, event: Event, db
     await _relate(db, event, referral.clinic_id, "referral")
 
 
-@reactions.on("appointment.noshow", payload=scheduling.AppointmentEvent, shares=True)
-async def rebook_no_show(appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
-    """A missed visit asks for another one, unless the appointment has moved on from NOSHOW since."""
-    await _patient(db, event)
-    if not await _is_outdated(db, event):
-        # The appointment's version is the episode: missed again after a revert is another one.
+# -- tasks ---------------------------------------------------------------------------------------------------------
+
+
+def _by_event(_payload: Any, event: Event) -> tuple[str, int]:
+    return event.aggregate_id, event.version
+
+
+def _opens(
+    code: str,
+    *types: str,
+    payload: type[Message],
+    source: str,
+    purpose: str = "coordination",
+    priority: str = "ROUTINE",
+    about: Callable[[Any, Event], tuple[str, int]] = _by_event,
+    each_version: bool = False,
+    reason: Callable[[Any], str] = lambda _payload: "",
+    even_outdated: bool = False,
+    locks_patient: bool = False,
+) -> None:
+    """Have these events open a task about `source`, unless what it is `about` has moved on since.
+
+    `about` answers an id and a version, which is the episode where `each_version` asks for another task. `locks_patient`
+    is for what the end of a task must not overtake.
+    """
+
+    async def react(told: Any, event: Event, db: AsyncSession) -> None:
+        if locks_patient:
+            await _patient(db, event)
+        source_id, version = about(told, event)
+        if not even_outdated and await timeline.is_outdated(db, event.tenant_id, event.patient_id, source_id, version):
+            return
         await _open(
             db,
             event,
-            "rebook-no-show",
-            "Appointment",
-            clinic_id=appointment.clinic_id,
-            episode=str(event.version),
-            reason_code=appointment.reason_code,
+            code,
+            source,
+            source_id=source_id,
+            clinic_id=told.clinic_id,
+            purpose=purpose,
+            priority=priority,
+            episode=str(version) if each_version else "",
+            reason_code=reason(told),
         )
+
+    reactions.on(*types, payload=payload, shares=True)(react)
+
+
+def _ends(code: str, *types: str, payload: type[Message], reason: str = "") -> None:
+    """Have these events cancel the tasks that earlier versions opened; without `reason` for the step that they tell."""
+
+    async def react(_told: Any, event: Event, db: AsyncSession) -> None:
+        await _cancel(db, event, code, reason or event.type.partition(".")[2].replace("_", "-"))
+
+    reactions.on(*types, payload=payload, shares=True)(react)
+
+
+def _status(told: Any) -> str:
+    """The status that an event tells, as a reason."""
+    said: str = getattr(told, "business_status", "") or told.status
+    return said.lower().replace("_", "-")
+
+
+# A missed visit asks for another one; missed again after a revert is another episode.
+_opens(
+    "rebook-no-show",
+    "appointment.noshow",
+    payload=scheduling.AppointmentEvent,
+    source="Appointment",
+    each_version=True,
+    reason=lambda told: str(told.reason_code),
+    locks_patient=True,
+)
 
 
 @reactions.on(
@@ -214,89 +269,65 @@ async def forget_no_show(appointment: scheduling.AppointmentEvent, event: Event,
         await _cancel(db, event, "rebook-no-show", event.type.partition(".")[2].replace("_", "-"))
 
 
-@reactions.on("appointment.stranded", payload=scheduling.AppointmentEvent, shares=True)
-async def move_stranded(appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
-    """A change of hours has left a visit outside: somebody moves it, unless it has moved on since."""
-    await _patient(db, event)
-    if not await _is_outdated(db, event):
-        await _open(
-            db,
-            event,
-            "stranded-visit",
-            "Appointment",
-            clinic_id=appointment.clinic_id,
-            episode=str(event.version),
-        )
-
-
-@reactions.on(
+# A change of hours has left a visit outside: somebody moves it, or it was moved, ended, or takes place after all.
+_opens(
+    "stranded-visit",
+    "appointment.stranded",
+    payload=scheduling.AppointmentEvent,
+    source="Appointment",
+    each_version=True,
+    locks_patient=True,
+)
+_ends(
+    "stranded-visit",
     "appointment.rescheduled",
     "appointment.cancelled",
     "appointment.arrived",
     "appointment.fulfilled",
     "appointment.entered_in_error",
     payload=scheduling.AppointmentEvent,
-    shares=True,
 )
-async def stranded_no_more(_appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
-    """The visit was moved, ended, or takes place after all."""
-    await _cancel(db, event, "stranded-visit", event.type.partition(".")[2].replace("_", "-"))
 
+# Somebody must look now.
+_opens(
+    "critical-answer",
+    "response.critical",
+    payload=feedback.ResponseEvent,
+    source="QuestionnaireResponse",
+    purpose="urgent",
+    priority="STAT",
+    even_outdated=True,
+)
+# Somebody calls and asks what went wrong.
+_opens(
+    "low-score",
+    "response.low_score",
+    payload=feedback.ResponseEvent,
+    source="QuestionnaireResponse",
+    even_outdated=True,
+)
 
-@reactions.on("response.critical", payload=feedback.ResponseEvent, shares=True)
-async def answer_critical(response: feedback.ResponseEvent, event: Event, db: AsyncSession) -> None:
-    """Somebody must look now."""
-    await _open(
-        db,
-        event,
-        "critical-answer",
-        "QuestionnaireResponse",
-        clinic_id=response.clinic_id,
-        purpose="urgent",
-        priority="STAT",
-    )
+# A message that did not arrive, or perhaps not: a person finds out, once per message, unless it was sent after all.
+_opens(
+    "undelivered-message",
+    "message.failed",
+    "message.unknown",
+    payload=notifications.MessageEvent,
+    source="Message",
+    reason=lambda told: str(told.reason_code),
+)
+_ends("undelivered-message", "message.sent", payload=notifications.MessageEvent, reason="sent")
 
-
-@reactions.on("response.low_score", payload=feedback.ResponseEvent, shares=True)
-async def answer_low_score(response: feedback.ResponseEvent, event: Event, db: AsyncSession) -> None:
-    """Somebody calls and asks what went wrong."""
-    await _open(db, event, "low-score", "QuestionnaireResponse", clinic_id=response.clinic_id)
-
-
-@reactions.on("message.failed", "message.unknown", payload=notifications.MessageEvent, shares=True)
-async def reach_otherwise(message: notifications.MessageEvent, event: Event, db: AsyncSession) -> None:
-    """A message that did not arrive, or perhaps not: a person finds out, once per message."""
-    if not await _is_outdated(db, event):
-        await _open(
-            db,
-            event,
-            "undelivered-message",
-            "Message",
-            clinic_id=message.clinic_id,
-            reason_code=message.reason_code,
-        )
-
-
-@reactions.on("message.sent", payload=notifications.MessageEvent, shares=True)
-async def reached_after_all(_message: notifications.MessageEvent, event: Event, db: AsyncSession) -> None:
-    """What was unknown turned out to have been sent."""
-    await _cancel(db, event, "undelivered-message", "sent")
-
-
-@reactions.on("referral.overdue", payload=referrals.ReferralEvent, shares=True)
-async def chase_referral(referral: referrals.ReferralEvent, event: Event, db: AsyncSession) -> None:
-    """A referral rests beyond its due time: somebody finds out why. Each version that is overdue is an episode."""
-    if not await _is_outdated(db, event):
-        await _open(
-            db,
-            event,
-            "referral-overdue",
-            "Referral",
-            clinic_id=referral.clinic_id,
-            purpose="referrals",
-            episode=str(event.version),
-            reason_code=referral.business_status.lower().replace("_", "-"),
-        )
+# A referral rests beyond its due time: somebody finds out why, until it moves.
+_opens(
+    "referral-overdue",
+    "referral.overdue",
+    payload=referrals.ReferralEvent,
+    source="Referral",
+    purpose="referrals",
+    each_version=True,
+    reason=_status,
+)
 
 
 @reactions.on("referral.cancelled", payload=referrals.ReferralEvent, shares=True)
@@ -307,7 +338,8 @@ async def free_visit(referral: referrals.ReferralEvent, event: Event, db: AsyncS
         await _open(db, event, "visit-without-referral", "Referral", clinic_id=referral.clinic_id)
 
 
-@reactions.on(
+_ends(
+    "referral-overdue",
     "referral.accepted",
     "referral.declined",
     "referral.scheduled",
@@ -317,74 +349,52 @@ async def free_visit(referral: referrals.ReferralEvent, event: Event, db: AsyncS
     "referral.patient_informed",
     "referral.closed",
     payload=referrals.ReferralEvent,
-    shares=True,
+    reason="moved-on",
 )
-async def referral_went_on(_referral: referrals.ReferralEvent, event: Event, db: AsyncSession) -> None:
-    """It moved: what was overdue no longer is."""
-    await _cancel(db, event, "referral-overdue", "moved-on")
 
-
-@reactions.on("scheduling_request.overdue", payload=requests.SchedulingRequestEvent, shares=True)
-async def chase_request(request: requests.SchedulingRequestEvent, event: Event, db: AsyncSession) -> None:
-    """Nobody called in time: somebody finds out why. Each version that is overdue is an episode."""
-    if not await _is_outdated(db, event):
-        await _open(
-            db,
-            event,
-            "request-overdue",
-            "SchedulingRequest",
-            clinic_id=request.clinic_id,
-            purpose="scheduling",
-            episode=str(event.version),
-            reason_code=request.status.lower().replace("_", "-"),
-        )
-
-
-@reactions.on(
+# Nobody called in time: somebody finds out why, until it moves.
+_opens(
+    "request-overdue",
+    "scheduling_request.overdue",
+    payload=requests.SchedulingRequestEvent,
+    source="SchedulingRequest",
+    purpose="scheduling",
+    each_version=True,
+    reason=_status,
+)
+_ends(
+    "request-overdue",
     "scheduling_request.attempted",
     "scheduling_request.letter_sent",
     "scheduling_request.booked",
     "scheduling_request.closed",
     payload=requests.SchedulingRequestEvent,
-    shares=True,
+    reason="moved-on",
 )
-async def request_went_on(_request: requests.SchedulingRequestEvent, event: Event, db: AsyncSession) -> None:
-    """It moved: what was overdue no longer is."""
-    await _cancel(db, event, "request-overdue", "moved-on")
 
-
-@reactions.on("clearing_visit.offered", "clearing_visit.left", payload=clearings.ClearingVisitEvent, shares=True)
-async def ask_about_move(moved: clearings.ClearingVisitEvent, event: Event, db: AsyncSession) -> None:
-    """A visit can't take place and nobody may move it without asking: somebody calls, unless it has moved on since.
-
-    The task is about the appointment, whose version is the episode: whatever moves or ends it, ends the task.
-    """
-    if not await timeline.is_outdated(
-        db, event.tenant_id, event.patient_id, moved.appointment_id, moved.appointment_version
-    ):
-        await _open(
-            db,
-            event,
-            "visit-must-move",
-            "Appointment",
-            source_id=moved.appointment_id,
-            clinic_id=moved.clinic_id,
-            purpose="scheduling",
-            episode=str(moved.appointment_version),
-            reason_code=moved.status.lower(),
-        )
-
-
-@reactions.on(
+# A visit can't take place and nobody may move it without asking: somebody calls. The task is about the appointment:
+# whatever moves or ends it, ends the task.
+_opens(
+    "visit-must-move",
+    "clearing_visit.offered",
+    "clearing_visit.left",
+    payload=clearings.ClearingVisitEvent,
+    source="Appointment",
+    purpose="scheduling",
+    about=lambda told, _event: (told.appointment_id, told.appointment_version),
+    each_version=True,
+    reason=_status,
+)
+_ends(
+    "visit-must-move",
     "appointment.rescheduled",
     "appointment.cancelled",
     "appointment.entered_in_error",
     payload=scheduling.AppointmentEvent,
-    shares=True,
 )
-async def visit_went_on(_appointment: scheduling.AppointmentEvent, event: Event, db: AsyncSession) -> None:
-    """It moved or ended: nobody needs to call about that any more."""
-    await _cancel(db, event, "visit-must-move", event.type.partition(".")[2].replace("_", "-"))
+
+
+# -- what they share ---------------------------------------------------------------------------------------------------
 
 
 async def _patient(db: AsyncSession, event: Event) -> Patient | None:

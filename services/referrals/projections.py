@@ -4,14 +4,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 
-from sqlalchemy import BigInteger, Text, select
+from sqlalchemy import BigInteger, Text
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from chassis.calendar import is_holiday
 from chassis.errors import FailedPrecondition
-from chassis.model import Id, Ids, base
+from chassis.model import Id, base
+from chassis.projections import Team
 
 Base = base()
 PURPOSE = "referrals"
@@ -31,18 +32,10 @@ class Clinic(Base):
     security_labels: Mapped[list[str]] = mapped_column(ARRAY(Text))
 
 
-class Pool(Base):
-    """A team, as patients last told it."""
+class Pool(Team, Base):
+    """A team, with the specialties whose referrals it takes."""
 
-    __tablename__ = "pool"
-
-    tenant_id: Mapped[str] = mapped_column(Id, primary_key=True)
-    id: Mapped[str] = mapped_column(Id, primary_key=True)
-    version: Mapped[int] = mapped_column(BigInteger)
-    purpose: Mapped[str] = mapped_column(Text)
-    clinic_ids: Mapped[list[str]] = mapped_column(Ids)
     specialty_codes: Mapped[list[str]] = mapped_column(ARRAY(Text))
-    active: Mapped[bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +87,7 @@ def _known_region(region: str) -> str:
 
 async def pool_for(db: AsyncSession, tenant_id: str, clinic_id: str, specialty_code: str) -> Pool:
     """The pool that a specialty's referrals fall to. Raises FailedPrecondition `NO_POOL`."""
-    pools = await db.execute(
-        select(Pool).where(Pool.tenant_id == tenant_id, Pool.purpose == PURPOSE, Pool.active).order_by(Pool.id)
-    )
+    pools = await db.execute(Pool.in_use(tenant_id, [PURPOSE]))
     chosen = best_pool(pools.scalars(), clinic_id, specialty_code)
     if chosen is None:
         raise FailedPrecondition("NO_POOL", "No pool takes referrals to this specialty; make one or name one.")
@@ -108,8 +99,7 @@ def best_pool(pools: Iterable[Pool], clinic_id: str, specialty_code: str) -> Poo
     fitting = [
         pool
         for pool in pools
-        if (not pool.specialty_codes or specialty_code in pool.specialty_codes)
-        and (not pool.clinic_ids or clinic_id in pool.clinic_ids)
+        if (not pool.specialty_codes or specialty_code in pool.specialty_codes) and pool.serves(clinic_id)
     ]
     return min(fitting, key=lambda pool: (not pool.specialty_codes, not pool.clinic_ids, pool.id), default=None)
 

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from chassis.pipeline import Runtime
-from chassis.projections import keep_state
+from chassis.projections import keep_state, keep_team
 from chassis.reactions import Reactions
 from chassis.timers import due
 from chassis.wire import to_time
@@ -26,15 +26,7 @@ _NEVER_PROMISED = ("PENDING", "PROPOSED", "WAITLIST")
 @reactions.on("pool.changed", payload=patients.PoolState, shares=True)
 async def store_pool(pool: patients.PoolState, event: Event, db: AsyncSession) -> None:
     """By full state and version: any order gives the same."""
-    await keep_state(
-        db,
-        Pool,
-        event,
-        purpose=pool.purpose,
-        clinic_ids=list(pool.clinic_ids),
-        specialty_codes=list(pool.specialty_codes),
-        active=pool.active,
-    )
+    await keep_team(db, Pool, event, pool, specialty_codes=list(pool.specialty_codes))
 
 
 @reactions.on("clinic.changed", payload=directory_pb2.Clinic, shares=True)

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from chassis.ids import new_id
 from chassis.pipeline import Runtime
-from chassis.projections import keep_newer, keep_state
+from chassis.projections import keep_newer, keep_state, keep_team
 from chassis.reactions import Reactions, need_own_transaction
 from chassis.timers import due
 from services.scheduling import occupancy, session
@@ -119,7 +119,7 @@ async def _stop_visits(patient: patients.PatientEvent, event: Event, db: AsyncSe
 @reactions.on("pool.changed", payload=patients.PoolState, shares=True)
 async def store_pool(pool: patients.PoolState, event: Event, db: AsyncSession) -> None:
     """By full state and version: any order gives the same."""
-    await keep_state(db, Pool, event, purpose=pool.purpose, clinic_ids=list(pool.clinic_ids), active=pool.active)
+    await keep_team(db, Pool, event, pool)
 
 
 @reactions.on(

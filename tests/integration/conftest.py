@@ -13,7 +13,7 @@ from system.run import System
 # What a clinic waits for hours, a test must not; and another lane may have the machine while a leg is under way.
 SHORT: dict[str, dict[str, Any]] = {
     "gateway": {"leg_timeout": 4.0},
-    "scheduling": {"no_show_grace": 0.0},
+    "scheduling": {"no_show_grace": 0.0, "offers_from": "00:00", "offers_until": "00:00"},
     "feedback": {"survey_delay": 1.0, "survey_pause": 0.0},
 }
 

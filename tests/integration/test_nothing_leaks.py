@@ -4,18 +4,24 @@ import asyncio
 import base64
 import json
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import grpc
 import httpx2
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from care.scheduling.v1.waitlist_pb2 import IssueWaitlistOfferLinkRequest
+from care.scheduling.v1.waitlist_pb2_grpc import WaitlistServiceStub
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
+from chassis.auth import Credential
 from chassis.bus import PARTITIONS
 from chassis.testing.otlp import OtlpReceiver
 from gateway.contract import rpcs
+from system.issuer import TENANT_ID
 from system.run import System
 from tests.integration.world import User, World, until
 
@@ -52,6 +58,10 @@ PLANTED = {
     "path": "plantedpathqvzx",
     "bearer": "plantedbearerqvzx",
     "link": "s-plantedlinkqvzxw",
+    "waitlist link": "w-plantedwaitqvzxwkj",
+    "calendar link": "c-plantedcalendarqvzxw",
+    "request note": "request planted qhzvb",
+    "attempt note": "attempt planted wkqpz",
 }
 
 
@@ -81,6 +91,8 @@ async def test_no_value_of_a_patient_comes_out(world: World, otlp: OtlpReceiver)
     coordinator.http.event_hooks["response"] = [watcher.heard_from]
     try:
         await lived_through(world, coordinator)
+        # Links that were really made, and work: whoever reads one of them in a log has what it opens.
+        links = await scheduled(world, coordinator)
         await asked_everything(world, watcher)
     finally:
         coordinator.http.event_hooks["response"] = []
@@ -94,7 +106,7 @@ async def test_no_value_of_a_patient_comes_out(world: World, otlp: OtlpReceiver)
     found = [
         f"{what} in {where}"
         for where, text in everything.items()
-        for what, value in PLANTED.items()
+        for what, value in {**PLANTED, **links}.items()
         if any(form in text for form in forms(value))
     ]
     assert not found, found
@@ -237,12 +249,60 @@ async def lived_through(world: World, user: User) -> None:
         f"/v1/{PLANTED['path']}/{PLANTED['family']}",
         f"/v1/patients/{PLANTED['family']}",
         f"/p/{PLANTED['link']}",
+        f"/p/{PLANTED['waitlist link']}",
+        f"/calendars/{PLANTED['calendar link']}.ics",
     ):
         assert (await user.http.get(address)).status_code in (400, 404), address
     broken = await user.http.post("/v1/contacts", content='{"note": "' + PLANTED["contact note"] + '", ')
     assert broken.status_code in (400, 415)
     stranger = await user.http.get(path, headers={"authorization": f"Bearer {PLANTED['bearer']}"})
     assert stranger.status_code == 401
+
+
+async def scheduled(world: World, user: User) -> dict[str, str]:
+    """A request with notes, an offer of the waitlist and a calendar feed, each with its link; answers the links' tokens."""
+    clinic = (await user.get("/v1/self"))["clinicIds"][0]
+    named = {"names": [{"familyName": PLANTED["family"]}], "birthDate": PLANTED["birth"]}
+    waits, books = [(await user.post(f"/v1/patients?clinicId={clinic}&confirmNew=true", named))["id"] for _ in range(2)]
+    request = await user.post(
+        "/v1/schedulingRequests", {"patientId": waits, "clinicId": clinic, "note": PLANTED["request note"]}
+    )
+    await user.post(
+        f"/v1/schedulingRequests/{request['id']}:recordAttempt",
+        {"outcome": "VOICEMAIL", "note": PLANTED["attempt note"]},
+    )
+    later = (datetime.now(UTC) + timedelta(days=4)).isoformat()
+    for visit_type in (await user.get("/v1/visitTypes", pageSize=100))["visitTypes"]:
+        search = {"visitTypeId": visit_type["id"], "clinicIds": [clinic], "startTime": later, "patientId": books}
+        if slots := (await user.post("/v1/availability:search", search)).get("slots", []):
+            break
+    visit = await user.post("/v1/appointments", {"patientId": books, "offerToken": slots[0]["offerToken"]})
+    wish = {"priority": "STAT", "practitionerIds": [visit["practitionerId"]], "clinicIds": [clinic]}
+    entry = await user.post(
+        "/v1/waitlistEntries", {"patientId": waits, "visitTypeId": visit_type["id"], "waitlistEntry": wish}
+    )
+    await user.post(f"/v1/appointments/{visit['id']}:cancel", {"reason": {"code": "pat"}})
+    offered = await until(
+        lambda: user.get(f"/v1/waitlistEntries/{entry['id']}"), lambda answer: answer["status"] == "OFFERED"
+    )
+    plan = world.system.plan
+    async with grpc.aio.insecure_channel(plan.instances["scheduling"].address) as channel:
+        # As notifications asks for it when the message leaves; by night none does.
+        credential = Credential("notifications", plan.keys.service_key_file("notifications"))
+        asked = IssueWaitlistOfferLinkRequest(tenant_id=TENANT_ID, offer_id=offered["offerId"])
+        metadata = (("authorization", f"Bearer {credential.token()}"), ("care-tenant", TENANT_ID))
+        link = await WaitlistServiceStub(channel).IssueWaitlistOfferLink(asked, metadata=metadata)
+    feed = await user.post("/v1/calendarFeeds", {"patientId": waits, "includeDetails": True})
+    for answer in (
+        await user.http.get(f"/p/{link.token}"),
+        await user.http.get(f"/calendars/{feed['token']}.ics"),
+    ):
+        assert answer.status_code == 200, answer.text
+    await user.post(f"/v1/calendarFeeds/{feed['calendarFeed']['id']}:revoke")
+    assert (await user.http.get(f"/calendars/{feed['token']}.ics")).status_code == 404
+    await user.post(f"/v1/waitlistEntries/{entry['id']}:withdraw")
+    await user.http.get(f"/p/{link.token}")
+    return {"a waitlist link": link.token, "a calendar link": feed["token"]}
 
 
 async def asked_everything(world: World, watcher: Watcher) -> None:
