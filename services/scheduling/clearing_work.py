@@ -31,6 +31,7 @@ CLEARINGS = "clearings"
 _ACTOR = "system:scheduling"
 _DAYS_AHEAD = 60
 _OWN, _OTHERS, _KEPT = 150, 150, 3
+_CLINICS = 5
 _TRIES = 6
 _PAUSE = timedelta(seconds=1)
 _PROMISED = (
@@ -245,14 +246,19 @@ async def plan_for(
 ) -> Plan:
     """What is to become of a visit; nothing is written. `without` are times that were not to be had.
 
-    The same practitioner later, and those of the same clinic who share a specialty.
+    The same practitioner later, and those of the same clinic who share a specialty; both also at other clinics that the
+    patient has named in the stored wishes. Whether the visit type is done there the search knows.
     """
     was, wishes = place_of(visit), await _wishes(db, visit)
     start = max(int(now.timestamp()), was.start - was.start % 86_400)
     end = was.start + _DAYS_AHEAD * 86_400
     places: list[Place] = []
-    own, others = [visit.practitioner_id], await _colleagues(db, visit)
-    for who, where, count in ((own, [visit.clinic_id], _OWN), (others, [visit.clinic_id], _OTHERS)):
+    own, others = [visit.practitioner_id], await _colleagues(db, visit, visit.clinic_id)
+    looks = [(own, [visit.clinic_id], _OWN), (others, [visit.clinic_id], _OTHERS)]
+    for clinic_id in sorted(wishes.clinic_ids - {visit.clinic_id})[:_CLINICS]:
+        there = await _colleagues(db, visit, clinic_id)
+        looks.append(([*own, *there], [clinic_id], _OTHERS))
+    for who, where, count in looks:
         if who:
             search = Search(visit.tenant_id, visit.visit_type_id, where, who, _after(start, who, windows, visit), end)
             try:
@@ -332,16 +338,23 @@ def _offers(was: Place, places: Sequence[Place], wishes: Wishes) -> list[dict[st
     ]
 
 
-async def _colleagues(db: AsyncSession, visit: Appointment) -> list[str]:
-    """Who works at the visit's clinic and shares a specialty there with its practitioner, where that one has any."""
+async def _colleagues(db: AsyncSession, visit: Appointment, clinic_id: str) -> list[str]:
+    """Who works at a clinic and shares a specialty there with the visit's practitioner.
+
+    Where that one has none, anybody of the visit's own clinic does, and nobody elsewhere.
+    """
     query = select(Practitioner).where(
         Practitioner.tenant_id == visit.tenant_id,
-        Practitioner.active,
-        Practitioner.clinic_ids.overlap([visit.clinic_id]),
+        or_(
+            and_(Practitioner.active, Practitioner.clinic_ids.overlap([clinic_id])),
+            Practitioner.id == visit.practitioner_id,
+        ),
     )
-    everybody = {one.id: _specialties(one, visit.clinic_id) for one in (await db.execute(query)).scalars()}
-    own = everybody.pop(visit.practitioner_id, set())
-    return [one for one, specialties in everybody.items() if not own or own & specialties][:100]
+    everybody = {one.id: one for one in (await db.execute(query)).scalars()}
+    away = everybody.pop(visit.practitioner_id, None)
+    own = _specialties(away, visit.clinic_id) if away is not None else set()
+    anybody = not own and clinic_id == visit.clinic_id
+    return [one.id for one in everybody.values() if anybody or own & _specialties(one, clinic_id)][:100]
 
 
 def _specialties(practitioner: Practitioner, clinic_id: str) -> set[str]:

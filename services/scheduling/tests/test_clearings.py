@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from datetime import UTC, timedelta
+from zoneinfo import ZoneInfo
 
 import pytest
 from care.scheduling.v1 import clearings_pb2 as pb
@@ -18,6 +19,7 @@ from services.scheduling.clearing_work import CLEARINGS, _look, _see_to_one
 from services.scheduling.tests.desk import WORK, refused, soon
 
 Status = pb.ClearingVisit.Status
+NEW_YORK = ZoneInfo("America/New_York")
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +44,9 @@ class Clearer:
         request = pb.ClearDayRequest(id=practitioner, date=day.date().isoformat(), reason={"code": "prov-pers"}, **more)
         return await self("ClearDay", request)
 
-    async def wish(self, patient, **may_be_moved):
-        request = wishes_pb.SetSchedulingPreferencesRequest(
-            patient_id=patient, preferences=wishes_pb.SchedulingPreferences(may_be_moved=may_be_moved)
-        )
+    async def wish(self, patient, clinics=(), **may_be_moved):
+        wishes = wishes_pb.SchedulingPreferences(may_be_moved=may_be_moved, clinic_ids=clinics)
+        request = wishes_pb.SetSchedulingPreferencesRequest(patient_id=patient, preferences=wishes)
         await self.desk.harness.call(
             "scheduling", SchedulingPreferencesServiceStub, "SetSchedulingPreferences", request, "mona"
         )
@@ -284,4 +285,31 @@ async def test_an_offer_is_accepted_though_somebody_was_overbooked_over_its_hold
     )
     assert {tuple(one) for one in left} == {(visit.id, None)} and len(left) == len(moved.participants)
     assert await refused(desk.book(await desk.a_patient(), start(hold), hold.practitioner_id)) == "SLOT_TAKEN"
+    assert await desk.overlaps() == []
+
+
+async def test_colleagues_of_another_clinic_are_considered_where_the_patient_has_named_it(clearer, desk):
+    """Only those who share a specialty there, and only at clinics that the stored wishes name."""
+    knees = {"specialties": [{"code": f"knees-{new_id()}"}]}
+    elsewhere = await desk.a_clinic()
+    doctor = await desk.a_practitioner(f"Knees {new_id()[-4:]}", role=knees, hours=())
+    day = soon(24)
+    local = str(day.astimezone(NEW_YORK).date())
+    # Only this one day: there is no later time with the same practitioner.
+    await desk.hours(doctor, [], exceptions=[{"date": local, "kind": "EXTRA", "start": "00:00", "end": "00:00"}])
+    colleague = await desk.a_practitioner("There", clinic=elsewhere, role=knees)
+    await desk.a_practitioner("Hips", clinic=elsewhere)
+    visits = [await desk.book(await desk.a_patient(), day + timedelta(minutes=30 * n), doctor) for n in range(3)]
+    await clearer.wish(visits[0].patient_id, clinics=[elsewhere], within_days=30)
+    await clearer.wish(visits[1].patient_id, clinics=[elsewhere], within_days=30, same_clinic=True)
+    seen = {one.appointment_id: one for one in (await clearer.clear(doctor, day, preview=True)).visits}
+    moved, kept, stays = (seen[one.id] for one in visits)
+    assert moved.status == Status.MOVED
+    assert {(one.clinic_id, one.practitioner_id) for one in moved.offers} == {(elsewhere, colleague)}
+    assert kept.status == Status.OFFERED and kept.offers[0].clinic_id == elsewhere
+    assert stays.status == Status.LEFT and not stays.offers
+    clearing = (await clearer.clear(doctor, day)).clearing
+    await clearer.done(clearing)
+    after = await desk.do("Get", visits[0])
+    assert (after.clinic_id, after.practitioner_id) == (elsewhere, colleague)
     assert await desk.overlaps() == []
