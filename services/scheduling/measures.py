@@ -148,7 +148,7 @@ def days(first: str, last: str, zone: ZoneInfo, most: int) -> tuple[datetime, da
     except ValueError:
         raise Invalid("DATE_INVALID", "There is no such day in the calendar.", field="first_date") from None
     if not 1 <= (end - begin).days + 1 <= most:
-        raise Invalid("WINDOW_TOO_LONG", f"From first_date to last_date are 1 to {most} days.", field="last_date")
+        raise Invalid("WINDOW_TOO_LONG", f"The first to the last day are 1 to {most} days.", field="last_date")
     return at_local(begin, time(0), zone.key), at_local(end + timedelta(days=1), time(0), zone.key)
 
 
