@@ -607,6 +607,45 @@ def count_by_day(
     return days
 
 
+def all_starts(
+    practitioner: Resource,
+    visit_type: VisitType,
+    *,
+    zone: ZoneInfo,
+    window_start: int,
+    window_end: int,
+    closed_days: frozenset[date] = frozenset(),
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """What `free_starts` has of one practitioner for a visit that needs nothing else, without regard to what time it is now.
+
+    Answers the starts, and (ordinal of the local date, place of its first start) of each date that has some. Not for
+    hours with blocks that are held back.
+    """
+    found = _possible(
+        [practitioner],
+        (),
+        visit_type,
+        zone=zone,
+        window=(window_start, window_end),
+        now=window_start - 60 * visit_type.minimum_notice,
+        closed_days=closed_days,
+        wanted=(),
+        patient_occupied=(),
+        held_back=False,
+    )
+    if found is None:
+        return [], []
+    clock, _, ((_, ranges),) = found
+    step = 60 * visit_type.grid
+    starts = [at for low, high in ranges for at in clock.grid(low, high, step)]
+    days: list[tuple[int, int]] = []
+    for place, at in enumerate(starts):
+        day = clock.day(at)
+        if not days or days[-1][0] != day:
+            days.append((day, place))
+    return starts, days
+
+
 _Possible = tuple[LocalClock, _Pools, list[tuple[str, Iterator[Interval]]]]
 
 

@@ -672,11 +672,15 @@ ESTABLISHED = (
     " AND ({specialty} IS NULL OR v.specialty->>'code' = {specialty}))"
 )
 """SQL: whether a patient is established for a specialty, or at all where it is null."""
-STARTED = text(
-    "SELECT id, clinic_id, practitioner_id, visit_type_id, new_patient, start_time FROM appointment"
-    " WHERE tenant_id = :tenant AND practitioner_id = ANY(:practitioners) AND start_time >= :first AND start_time < :last"
+STARTED_WHERE = (
+    "tenant_id = :tenant AND practitioner_id = ANY(:practitioners) AND start_time >= :first AND start_time < :last"
     " AND status NOT IN ('CANCELLED', 'ENTERED_IN_ERROR', 'PROPOSED', 'WAITLIST')"
     " AND (status <> 'PENDING' OR hold_expire_time > clock_timestamp())"
+)
+"""SQL: what counts against quotas."""
+STARTED = text(
+    "SELECT id, clinic_id, practitioner_id, visit_type_id, new_patient, start_time FROM appointment"
+    f" WHERE {STARTED_WHERE}"
 ).bindparams(
     bindparam("tenant", type_=_UUID),
     bindparam("practitioners", type_=ARRAY(_UUID)),

@@ -1,16 +1,20 @@
 """Free slots: what the directory and the calendar say about a window, read in bounded statements, worked out lazily."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
-from itertools import islice
+from functools import cache
+from heapq import heapify, heappop, heapreplace
+from itertools import islice, pairwise
 from math import asin, cos, radians, sin, sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import BigInteger, Boolean, Uuid, bindparam, text
+import orjson
+from sqlalchemy import BigInteger, Boolean, DateTime, TextClause, Uuid, bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from chassis.asking import Sight
 from chassis.calendar import at_local
 from chassis.errors import Invalid
 from services.scheduling import availability, eligibility
@@ -19,6 +23,7 @@ from services.scheduling.availability import (
     Interval,
     Slot,
     WeeklyHours,
+    all_starts,
     count_by_day,
     earliest_first,
     free_starts,
@@ -26,13 +31,15 @@ from services.scheduling.availability import (
     occurrences,
     subtract,
 )
-from services.scheduling.booking import ESTABLISHED, STARTED
+from services.scheduling.booking import ESTABLISHED, STARTED, STARTED_WHERE
 from services.scheduling.directory import VisitType, speaks
 from services.scheduling.eligibility import Facts
+from services.scheduling.mirror import Entry, Fetch, Mirror, Starts
 from services.scheduling.occupancy import LANES, PACKED
-from services.scheduling.snapshot import Directory, Fetch, Place, Room, Seat, look, read
+from services.scheduling.snapshot import Directory, Place, Room, Seat, look, read
 
 _ROWS_AT_MOST = 200_000
+_FITTING_AT_MOST, _STARTS_AT_MOST = 500, 10_000
 DAYS, DAYS_AT_MOST = 14, 62
 _MANY = 40  # of so many practitioners a page is full within a day
 _EARTH_KM = 6371.0088  # mean radius, IUGG
@@ -140,33 +147,37 @@ def fetching(db: AsyncSession) -> Fetch:
 
 
 async def find(
-    fetch: Fetch, directory: Directory, search: Search, now: int, count: int, after: Found | None = None
+    fetch: Fetch,
+    directory: Directory,
+    search: Search,
+    now: int,
+    count: int,
+    after: Found | None = None,
+    *,
+    mirror: Mirror | None = None,
+    about: "About | None" = None,
 ) -> Free:
     """The first `count` free slots of a search in order of preference, those up to `after` left out.
 
-    One statement for each look at the calendar, mostly one; one more where new patients matter, one where quotas do.
-    Raises Invalid `VISIT_TYPE_UNKNOWN`, `WINDOW_TOO_LONG`.
+    With a `mirror` no statement for what it holds, and beyond it one, or two where `about` is none. Raises Invalid
+    `VISIT_TYPE_UNKNOWN`, `WINDOW_TOO_LONG`.
     """
     start, end = window(search.start, search.end, now)
-    looking = Looking(fetch, directory, search, now, Free(now, start, end))
+    looking = Looking(fetch, directory, search, now, Free(now, start, end), mirror, about)
     free = looking.free
     if not await looking.begin() or end <= start:
         return free
+    edge = await looking.kept(start, end)
     for rank, seats in looking.tiers():
         if after is not None and rank < after.rank:
             continue
-        resume = after is not None and rank == after.rank
-        begin = max(start, after.slot.start) if resume and after is not None else start
-        for first, last in _looks(begin, end, len(seats)):
+        passed = after.slot if after is not None and rank == after.rank else None
+        begin = max(start, passed.start) if passed is not None else start
+        for first, last in looking.looks(begin, edge, end):
             if len(free.found) >= count:
                 return free
-            await looking.limit(seats, first, last)
-            taken = await looking.taken(seats, first, last)
-            at = [
-                free_starts(*one, clinic_id=clinic_id, **how)
-                for clinic_id, one, how in looking.at(seats, taken, first, last)
-            ]  # type: ignore[arg-type]
-            fresh = (slot for slot in earliest_first(*at) if not resume or (after is not None and slot > after.slot))
+            found = await looking.free_starts(seats, first, last, edge)
+            fresh = (slot for slot in found if passed is None or slot > passed)
             for slot in islice(fresh, count - len(free.found)):
                 free.found.append(Found(rank, slot))
                 if search.held_back and looking.is_held(slot):
@@ -175,28 +186,94 @@ async def find(
 
 
 async def counts(
-    fetch: Fetch, directory: Directory, search: Search, now: int
-) -> tuple[Free, dict[tuple[str, date], tuple[int, int]]]:
-    """How many slots are free by clinic and local day, and the first of each day. Raises as `find` does."""
+    fetch: Fetch,
+    directory: Directory,
+    search: Search,
+    now: int,
+    *,
+    mirror: Mirror | None = None,
+    about: "About | None" = None,
+) -> tuple[Free, dict[tuple[str, int], tuple[int, int]]]:
+    """How many slots are free by clinic and ordinal of the local day, and the first of each day. Raises as `find` does."""
     start, end = window(search.start, search.end, now)
-    looking = Looking(fetch, directory, search, now, Free(now, start, end))
-    days: dict[tuple[str, date], tuple[int, int]] = {}
+    looking = Looking(fetch, directory, search, now, Free(now, start, end), mirror, about)
+    days: dict[tuple[str, int], tuple[int, int]] = {}
     if not await looking.begin() or end <= start:
         return looking.free, days
-    seats = looking.seats
-    await looking.limit(seats, start, end)
-    taken = await looking.taken(seats, start, end)
-    for clinic_id, one, how in looking.at(seats, taken, start, end):
-        for day, counted in count_by_day(*one, **how).items():  # type: ignore[arg-type]
-            days[clinic_id, date.fromordinal(day)] = counted
+    edge = await looking.kept(start, end)
+    for first, last in ((start, edge), (edge, end)):
+        if first < last:
+            for clinic_id, day, count, at in await looking.counted(looking.seats, first, last, edge):
+                before = days.get((clinic_id, day))
+                days[clinic_id, day] = (count, at) if before is None else (before[0] + count, min(before[1], at))
     return looking.free, days
+
+
+class About(NamedTuple):
+    """What a search must know beside the calendar of those who may be seen."""
+
+    established: bool = False
+    """The patient had a visit of the visit type's specialty in the last years."""
+    busy: Sequence[Interval] = ()
+    """When the patient is elsewhere."""
+    started: Sequence[Sequence[Any]] = ()
+    """Visits that may count against quotas: as `booking.STARTED` has them, without the id."""
+
+
+async def about(
+    fetch: Fetch,
+    directory: Directory,
+    tenant_id: str,
+    visit_type_id: str,
+    window: Interval,
+    sight: Sight | None,
+    clinic_ids: Sequence[str],
+) -> About | None:
+    """In one statement; None, and no statement, where there is no patient and nothing is limited. Raises what `sight` does."""
+    limited = sorted(
+        {
+            one.practitioner_id
+            for one in directory.seats
+            if one.limited and (not clinic_ids or one.clinic_id in clinic_ids)
+        }
+    )
+    if sight is None and not limited:
+        return None
+    first, last = window
+    values = {
+        "tenant": tenant_id,
+        "patient": None,
+        **(sight.values if sight is not None else {}),
+        "visit_type": visit_type_id,
+        "practitioners": limited,
+        "first_time": datetime.fromtimestamp(first - 2 * DAY, UTC),
+        "last_time": datetime.fromtimestamp(last + 2 * DAY, UTC),
+        "first": max(first - DAY, 0),
+        "last": last + DAY,
+    }
+    ((seen, established, busy, started),) = await fetch(_about(sight.condition if sight is not None else None), values)
+    if sight is not None:
+        sight.check(seen)
+    return About(established, [(one, other) for one, other in orjson.loads(busy)], orjson.loads(started))
 
 
 class Looking:
     """One search under way: who comes into question, and what limits when their visits may start."""
 
-    def __init__(self, fetch: Fetch, directory: Directory, search: Search, now: int, free: Free) -> None:
+    def __init__(
+        self,
+        fetch: Fetch,
+        directory: Directory,
+        search: Search,
+        now: int,
+        free: Free,
+        mirror: Mirror | None = None,
+        about: About | None = None,
+    ) -> None:
         self._fetch, self._directory, self.search, self._now, self.free = fetch, directory, search, now, free
+        self._mirror, self._about = mirror, about
+        self._entries: dict[str, Entry] = {}
+        self._taken: dict[Interval, dict[str, list[Interval]]] = {}
         self.visit_type: VisitType = directory.visit_type(search.visit_type_id)
         self.seats: list[Seat] = []
         self._new_patient: bool | None = None
@@ -209,15 +286,20 @@ class Looking:
         search, visit_type = self.search, self.visit_type
         if not visit_type.active or (search.modalities and visit_type.modality not in search.modalities):
             return False
-        self.seats = [seat for seat in self._directory.seats if self._fits(seat)]
+        self.seats = self._who_fits()
         places = self._directory.clinics
-        self.free.zones = {seat.clinic_id: places[seat.clinic_id].time_zone for seat in self.seats}
+        self.free.zones = {
+            clinic_id: places[clinic_id].time_zone for clinic_id in {one.clinic_id for one in self.seats}
+        }
         if search.patient_id and (
             (visit_type.eligibility or {}).get("patients") or any(one.limited for one in self.seats)
         ):
             specialty = (visit_type.specialty or {}).get("code")
             values = {"tenant": search.tenant_id, "patient": search.patient_id, "specialty": specialty}
-            ((established,),) = await self._fetch(_ESTABLISHED, values)
+            if self._about is not None:
+                established = self._about.established
+            else:
+                ((established,),) = await self._fetch(_ESTABLISHED, values)
             self._new_patient = not established
         if search.patient_id:
             self.free.ineligible = self._refusals()
@@ -242,6 +324,20 @@ class Looking:
         if first > end + timedelta(days=1) or last < begin - timedelta(days=1):
             against.append("AGE")
         return against
+
+    def _who_fits(self) -> list[Seat]:
+        search = self.search
+        wished = (search.languages, search.genders, search.specialties, search.licensed_state, search.near)
+        if any(wished) or (self.visit_type.licence_required and search.facts.state):
+            return [seat for seat in self._directory.seats if self._fits(seat)]
+        # Whoever asks for the same clinics and people finds the same ones, while the directory stays.
+        key = (search.visit_type_id, frozenset(search.clinic_ids), frozenset(search.practitioner_ids))
+        found = self._directory.fitting.get(key)
+        if found is None:
+            if len(self._directory.fitting) > _FITTING_AT_MOST:
+                self._directory.fitting.clear()
+            found = self._directory.fitting[key] = [seat for seat in self._directory.seats if self._fits(seat)]
+        return found
 
     def _fits(self, seat: Seat) -> bool:
         search, who = self.search, seat.practitioner
@@ -285,24 +381,148 @@ class Looking:
             tiers[0 if seat.practitioner_id == own else 1 if seat.practitioner_id in team else 2].append(seat)
         return [(rank, seats) for rank, seats in enumerate(tiers) if seats]
 
+    async def kept(self, start: int, end: int) -> int:
+        """Up to where in a window the mirror answers; `start` where it doesn't at all."""
+        mirror = self._mirror
+        if mirror is None or start >= mirror.edge or self._reach > DAY:
+            return start
+        who = self.who(self.seats) - {self.search.patient_id}
+        if not await mirror.keep(self._fetch, self.search.tenant_id, who):
+            return start
+        # As they are from now on, whatever the mirror puts in their place while this waits for something.
+        self._entries = {one: mirror[one] for one in who}
+        return min(mirror.edge, end)
+
+    def looks(self, begin: int, edge: int, end: int) -> Iterator[Interval]:
+        """Windows to look at one after the other."""
+        if begin < edge:
+            yield begin, edge
+            if edge < end:
+                yield edge, end
+        elif begin < end:  # each is a statement
+            many = 2 if self._mirror is None else 1 if self._about is None else 0
+            yield from _looks(begin, end, len(self.seats), many)
+
+    async def free_starts(self, seats: Sequence[Seat], first: int, last: int, edge: int) -> Iterable[Slot]:
+        """Free starts of a window that lies on one side of the edge, earliest first."""
+        if last <= edge and self._plain(seats):
+            return self._earliest([(seat, self._all_starts(seat)) for seat in seats], first, last)
+        await self.limit(seats, first, last)
+        busy = await self._busy(seats, first, last, edge)
+        return earliest_first(
+            *(
+                free_starts(*one, clinic_id=clinic_id, **how)  # type: ignore[arg-type]
+                for clinic_id, one, how in self.at(seats, busy, first, last)
+            )
+        )
+
+    async def counted(self, seats: Sequence[Seat], first: int, last: int, edge: int) -> list[tuple[str, int, int, int]]:
+        """(clinic, ordinal of the local day, how many, the first) of such a window, a day once or several times."""
+        if last <= edge and self._plain(seats) and not self._elsewhere:
+            found = []
+            first = self._earliest_start(first)
+            for seat in seats:
+                starts = self._all_starts(seat)
+                low, high = starts.within(first, last)
+                for (day, place), (_, following) in pairwise([*starts.days, (0, len(starts.at))]):
+                    begin, end = max(place, low), min(following, high)
+                    if begin < end:
+                        found.append((seat.clinic_id, day, end - begin, starts.at[begin]))
+            return found
+        await self.limit(seats, first, last)
+        busy = await self._busy(seats, first, last, edge)
+        return [
+            (clinic_id, day, count, at)
+            for clinic_id, one, how in self.at(seats, busy, first, last)
+            for day, (count, at) in count_by_day(*one, **how).items()  # type: ignore[arg-type]
+        ]
+
+    def _plain(self, seats: Sequence[Seat]) -> bool:
+        """Whether what is free of each is the same for all who search: nothing else takes part, no wish, no rule."""
+        search = self.search
+        plain = not (self._needs or search.wanted or search.specialties or search.self_service)
+        plain = plain and not (search.patient_id and self.visit_type.eligibility)
+        return plain and not any(seat.limited or seat.held_back for seat in seats)
+
+    def _earliest_start(self, first: int) -> int:
+        return max(first, self._now + 60 * self.visit_type.asks.minimum_notice)
+
+    def _all_starts(self, seat: Seat) -> Starts:
+        """All starts of a seat that the mirror knows, worked out when they are first asked for after a change."""
+        assert self._mirror is not None
+        mirror, entry = self._mirror, self._entries[seat.practitioner_id]
+        key = (seat.practitioner_id, seat.clinic_id, self.visit_type.id)
+        found = self._directory.starts.get(key)
+        if found is not None and found.holds(entry, mirror.now):
+            return found
+        if len(self._directory.starts) > _STARTS_AT_MOST:
+            self._directory.starts.clear()
+        clinic = self._directory.clinics[seat.clinic_id]
+        first, last = entry.first + DAY // 2, entry.last - DAY
+        begin, end = (datetime.fromtimestamp(at, UTC).date() for at in (first, last))
+        at, days = all_starts(
+            availability.Resource(
+                seat.practitioner_id,
+                seat.weekly,
+                seat.exceptions,
+                entry.busy(mirror.now, entry.first, entry.last),
+                self._starts(seat, clinic),
+            ),
+            self.visit_type.asks,
+            zone=clinic.zone,
+            window_start=first,
+            window_end=last,
+            closed_days=clinic.closed_days(begin - timedelta(days=2), end + timedelta(days=2)),
+        )
+        found = self._directory.starts[key] = Starts(entry, mirror.now, at, days)
+        return found
+
+    def _earliest(self, found: Sequence[tuple[Seat, Starts]], first: int, last: int) -> Iterator[Slot]:
+        first, duration, elsewhere = self._earliest_start(first), 60 * self.visit_type.asks.duration, self._elsewhere
+        heads = []
+        for seat, starts in found:
+            place, stop = starts.within(first, last)
+            if place < stop:
+                heads.append((starts.at[place], seat.clinic_id, seat.practitioner_id, place, stop, starts.at))
+        heapify(heads)
+        while heads:
+            at, clinic_id, practitioner_id, place, stop, all_ = heads[0]
+            place += 1
+            if place < stop:
+                heapreplace(heads, (all_[place], clinic_id, practitioner_id, place, stop, all_))
+            else:
+                heappop(heads)
+            if not any(begin < at + duration and at < end for begin, end in elsewhere):
+                yield Slot(at, clinic_id, practitioner_id, at + duration, ())
+
+    @property
+    def _elsewhere(self) -> Sequence[Interval]:
+        return self._about.busy if self._about is not None else ()
+
+    async def _busy(self, seats: Sequence[Seat], first: int, last: int, edge: int) -> Mapping[str, Sequence[Interval]]:
+        """What stands in a window, by whom."""
+        if last > edge or self._mirror is None:
+            if (first, last) not in self._taken:  # one statement, whoever is preferred
+                self._taken[first, last] = await self.taken(self.seats, first, last)
+            return self._taken[first, last]
+        reach, mirror = self._reach, self._mirror
+        found: dict[str, Sequence[Interval]] = {
+            one: self._entries[one].busy(mirror.now, first - reach, last + reach)
+            for one in self.who(seats) - {self.search.patient_id}
+        }
+        if self.search.patient_id:
+            found[self.search.patient_id] = self._elsewhere
+        return found
+
     async def limit(self, seats: Sequence[Seat], first: int, last: int) -> None:
         """Find the occurrences of blocks whose quotas are reached."""
         limited = [seat for seat in seats if seat.limited]
         if not limited:
             return
-        rows = await self._fetch(
-            STARTED,
-            {
-                "tenant": self.search.tenant_id,
-                "practitioners": sorted({seat.practitioner_id for seat in limited}),
-                "first": datetime.fromtimestamp(first - 2 * DAY, UTC),
-                "last": datetime.fromtimestamp(last + 2 * DAY, UTC),
-            },
-        )
+        rows = self._about.started if self._about is not None else await self._started(limited, first, last)
         started: dict[tuple[str, str], list[tuple[int, str, bool]]] = {}
-        for _, clinic_id, practitioner_id, visit_type_id, new_patient, start_time in rows:
-            visit = (int(start_time.timestamp()), str(visit_type_id), bool(new_patient))
-            started.setdefault((str(practitioner_id), str(clinic_id)), []).append(visit)
+        for clinic_id, practitioner_id, visit_type_id, new_patient, start in rows:
+            started.setdefault((practitioner_id, clinic_id), []).append((int(start), visit_type_id, bool(new_patient)))
         for seat in limited:
             key = (seat.practitioner_id, seat.clinic_id)
             zone = self._directory.clinics[seat.clinic_id].zone
@@ -319,10 +539,29 @@ class Looking:
                 )
             ]
 
+    async def _started(self, limited: Sequence[Seat], first: int, last: int) -> list[Sequence[Any]]:
+        rows = await self._fetch(
+            STARTED,
+            {
+                "tenant": self.search.tenant_id,
+                "practitioners": sorted({seat.practitioner_id for seat in limited}),
+                "first": datetime.fromtimestamp(first - 2 * DAY, UTC),
+                "last": datetime.fromtimestamp(last + 2 * DAY, UTC),
+            },
+        )
+        return [
+            (str(clinic_id), str(practitioner_id), str(visit_type_id), new_patient, start_time.timestamp())
+            for _, clinic_id, practitioner_id, visit_type_id, new_patient, start_time in rows
+        ]
+
+    @property
+    def _reach(self) -> int:
+        kind = self.visit_type
+        return 60 * (kind.duration_minutes + (kind.buffer_before_minutes or 0) + (kind.buffer_after_minutes or 0))
+
     async def taken(self, seats: Sequence[Seat], first: int, last: int) -> dict[str, list[Interval]]:
         """What stands in a window, by whom, in any lane. An expired hold doesn't: whoever books takes it over."""
-        kind = self.visit_type
-        reach = 60 * (kind.duration_minutes + (kind.buffer_before_minutes or 0) + (kind.buffer_after_minutes or 0))
+        reach = self._reach
         return await taken(self._fetch, self.search.tenant_id, self.who(seats), first - reach, last + reach)
 
     def who(self, seats: Sequence[Seat]) -> set[str]:
@@ -338,7 +577,7 @@ class Looking:
         return any(need.met_by(room.id, room.kind, room.languages) for need in self._needs)
 
     def at(
-        self, seats: Sequence[Seat], busy: dict[str, list[Interval]], first: int, last: int
+        self, seats: Sequence[Seat], busy: Mapping[str, Sequence[Interval]], first: int, last: int
     ) -> Iterator[tuple[str, tuple[object, ...], dict[str, object]]]:
         """For each clinic what `free_starts` and `count_by_day` are asked with in a window."""
         search = self.search
@@ -416,10 +655,12 @@ class Looking:
         )
 
 
-def _looks(start: int, end: int, many: int) -> Iterator[Interval]:
-    """Windows to look at one after the other: most pages are full within the first, and the others are never read."""
+def _looks(start: int, end: int, people: int, at_most: int) -> Iterator[Interval]:
+    """Windows to look at one after the other, so many and the rest: most pages are full within the first, and the others
+    are never read.
+    """
     first = start
-    for days in (1, 4) if many >= _MANY else (3,):
+    for days in ((1, 4) if people >= _MANY else (3,))[:at_most]:
         last = min(start + days * DAY, end)
         if first < last:
             yield first, last
@@ -460,6 +701,35 @@ _TAKEN = text(
     bindparam("first", type_=BigInteger),
     bindparam("last", type_=BigInteger),
 ).columns(ref_id=Uuid(as_uuid=False), first=BigInteger, last=BigInteger)  # fmt: skip
+_ABOUT = f"""
+SELECT {{sight}} AS in_sight,
+       {ESTABLISHED.format(specialty="kind.code")} AS established,
+       (SELECT coalesce(jsonb_agg(jsonb_build_array(lower(o.during) - {_BEGIN}, upper(o.during) - {_BEGIN})), '[]')
+          FROM bookable b CROSS JOIN generate_series(0, {LANES - 1}) AS lane(n)
+          CROSS JOIN LATERAL (
+            SELECT during FROM occupancy WHERE during && int8range({_BEGIN} + :first, {_BEGIN} + :last)
+               AND (expire_time IS NULL OR expire_time > clock_timestamp()) OFFSET 0) o
+         WHERE b.tenant_id = :tenant AND b.ref_id = :patient)::text AS busy,
+       (SELECT coalesce(jsonb_agg(jsonb_build_array(
+                 clinic_id, practitioner_id, visit_type_id, new_patient, extract(epoch FROM start_time))), '[]')
+          FROM appointment WHERE {STARTED_WHERE.replace(":first", ":first_time").replace(":last", ":last_time")}
+       )::text AS started
+  FROM (SELECT (SELECT specialty->>'code' FROM visit_type WHERE tenant_id = :tenant AND id = :visit_type) AS code) kind
+"""
+
+
+@cache
+def _about(sight: TextClause | None) -> TextClause:
+    """The statement of `about`, under a condition on whether the patient may be seen."""
+    statement = text(_ABOUT.replace("{sight}", sight.text if sight is not None else "true"))
+    return statement.bindparams(*(sight._bindparams.values() if sight is not None else ())).bindparams(
+        *(bindparam(name, type_=Uuid(as_uuid=False)) for name in ("tenant", "patient", "visit_type")),
+        bindparam("practitioners", type_=ARRAY(Uuid(as_uuid=False))),
+        *(bindparam(name, type_=DateTime(timezone=True)) for name in ("first_time", "last_time")),
+        *(bindparam(name, type_=BigInteger) for name in ("first", "last")),
+    )
+
+
 _ESTABLISHED = text(f"SELECT {ESTABLISHED.format(specialty='(:specialty)::text')} AS established").bindparams(
     bindparam("tenant", type_=Uuid(as_uuid=False)), bindparam("patient", type_=Uuid(as_uuid=False))
 ).columns(established=Boolean)  # fmt: skip

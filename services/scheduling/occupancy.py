@@ -26,14 +26,17 @@ from typing import NamedTuple
 
 from sqlalchemy import (
     ARRAY,
+    DDL,
     BigInteger,
     CheckConstraint,
     DateTime,
     Identity,
+    Index,
     Text,
     Uuid,
     bindparam,
     column,
+    event,
     text,
 )
 from sqlalchemy.dialects.postgresql import INT8RANGE, ExcludeConstraint
@@ -42,6 +45,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from sqlalchemy.sql.elements import TextClause
 
 from chassis.model import Id
+from chassis.tables import QUEUE_STORAGE
 from services.scheduling.directory import Base
 
 LANES = 4
@@ -85,6 +89,53 @@ class Occupancy(Base):
     during: Mapped[object] = mapped_column(INT8RANGE)
     # Of a hold; from then on whoever wants the slot may take it over.
     expire_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+
+
+class OccupancyChange(Base):
+    """Where the calendar changed: what keeps a copy of it reads again there. Kept for some time only."""
+
+    __tablename__ = "occupancy_change"
+    __table_args__ = (
+        Index("occupancy_change_by_transaction", "tenant_id", "xid"),
+        Index("occupancy_change_by_time", "time"),
+    )
+
+    tenant_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    # Of the transaction, in 64 bits: by it a snapshot tells what it has seen.
+    xid: Mapped[int] = mapped_column(BigInteger, server_default=text("pg_current_xact_id()::text::bigint"))
+    no: Mapped[int] = mapped_column(BigInteger)
+    first: Mapped[int] = mapped_column(BigInteger)
+    last: Mapped[int] = mapped_column(BigInteger)
+    time: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=text("clock_timestamp()"))
+
+
+CHANGES_KEPT_SECONDS = 1800.0
+# By triggers: whatever takes or frees time, features to come too, can't forget it. Once a statement, and without a lock.
+# What is long past is in nobody's copy: the loop that deletes it need not write it down.
+_CHANGED = """
+CREATE FUNCTION occupancy_changed() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  INSERT INTO occupancy_change (tenant_id, no, first, last)
+  SELECT tenant_id, no, lower(during) & 4294967295, ((upper(during) - 1) & 4294967295) + 1 FROM changed
+   WHERE ((upper(during) - 1) & 4294967295) > extract(epoch FROM clock_timestamp())::bigint - 172800;
+  RETURN NULL;
+END $$
+"""
+_CHANGED_BY = """
+CREATE TRIGGER occupancy_{what} AFTER {what} ON occupancy REFERENCING {which} TABLE AS changed
+FOR EACH STATEMENT EXECUTE FUNCTION occupancy_changed()
+"""
+TRIGGERS = (
+    _CHANGED.strip(),
+    *(
+        _CHANGED_BY.strip().format(what=what, which=which)
+        for what, which in (("insert", "NEW"), ("update", "NEW"), ("delete", "OLD"))
+    ),
+)
+for _statement in TRIGGERS:
+    event.listen(Occupancy.__table__, "after_create", DDL(_statement))
+event.listen(OccupancyChange.__table__, "after_create", DDL(f"ALTER TABLE occupancy_change SET ({QUEUE_STORAGE})"))
 
 
 class Span(NamedTuple):

@@ -59,7 +59,7 @@ from services.scheduling.servicer_video import VideoRoomsServicer
 from services.scheduling.servicer_waitlist import WaitlistLinksServicer, WaitlistServicer
 from services.scheduling.settings import SchedulingSettings
 from services.scheduling.snapshot import Directories
-from services.scheduling.tidying import EVERY_SECONDS, delete_old_occupancy
+from services.scheduling.tidying import CHANGES_EVERY_SECONDS, EVERY_SECONDS, delete_old_occupancy, forget_changes
 
 _directories = Directories()
 
@@ -127,6 +127,7 @@ SERVICE = Service(
         Loop("measures", take_measures, every=NIGHTLY_SECONDS),
         Loop("video rooms", keep_rooms, every=1.0),
         Loop("old occupancy", delete_old_occupancy, every=EVERY_SECONDS),
+        Loop("old changes", forget_changes, every=CHANGES_EVERY_SECONDS),
     ),
     settings=SchedulingSettings,
     reasons={

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from datetime import date
 from itertools import islice
 
 from care.scheduling.v1 import appointments_pb2 as pb
@@ -17,7 +18,7 @@ from chassis.wire import enum_names, to_proto, to_time
 from services.scheduling import eligibility, offers
 from services.scheduling.availability import Slot, earliest_first, free_starts
 from services.scheduling.directory import VisitType
-from services.scheduling.finding import Found, Free, Looking, Search, counts, find, taken, window, wishes
+from services.scheduling.finding import About, Found, Free, Looking, Search, about, counts, find, taken, window, wishes
 from services.scheduling.offers import Place
 from services.scheduling.panels import Step, panels
 from services.scheduling.servicer_appointments import is_self_service, offer_signer
@@ -37,12 +38,16 @@ class AvailabilityServicer(AvailabilityServiceServicer):
         self, request: pb.SearchAvailabilityRequest, call: Call
     ) -> pb.SearchAvailabilityResponse:
         after, end = _opened(request, call)
-        directory, now = await _current(self._directories, request.patient_id, call)
+        directory, mirror = await self._directories.current(
+            call.runtime.database, call.tenant_id, call.records, lambda: call.db
+        )
+        known = await _about(request, call, directory, int(mirror.now), end)
         search = _search(request, call, directory)
         if end:
             search = replace(search, end=end)
         size = min(max(request.page_size or _PAGE, 1), _PAGE_AT_MOST)
-        free = await find(call.records, directory, search, now, size + 1, after)
+        now = int(mirror.now)
+        free = await find(call.records, directory, search, now, size + 1, after, mirror=mirror, about=known)
         offered = _Offered(call, free, search)
         answer = pb.SearchAvailabilityResponse(
             slots=[offered.slot(one.slot) for one in free.found[:size]], ineligible=free.ineligible
@@ -62,18 +67,28 @@ class AvailabilityViewsServicer(AvailabilityViewsServiceServicer):
         self._directories = directories
 
     async def SearchDayCounts(self, request: views.SearchDayCountsRequest, call: Call) -> views.SearchDayCountsResponse:
-        directory, now = await _current(self._directories, request.search.patient_id, call)
-        free, days = await counts(call.records, directory, _search(request.search, call, directory), now)
+        directory, mirror = await self._directories.current(
+            call.runtime.database, call.tenant_id, call.records, lambda: call.db
+        )
+        known = await _about(request.search, call, directory, int(mirror.now))
+        search = _search(request.search, call, directory)
+        free, days = await counts(call.records, directory, search, int(mirror.now), mirror=mirror, about=known)
         answer = views.SearchDayCountsResponse(ineligible=free.ineligible)
+        dates = {day: date.fromordinal(day).isoformat() for _, day in days}
         for (clinic_id, day), (count, first) in sorted(days.items()):
             counted = answer.days.add(
-                clinic_id=clinic_id, date=day.isoformat(), slots=count, time_zone=free.zones[clinic_id]
+                clinic_id=clinic_id, date=dates[day], slots=count, time_zone=free.zones[clinic_id]
             )
             counted.first_start_time.seconds = first
         return answer
 
     async def SearchPanel(self, request: views.SearchPanelRequest, call: Call) -> views.SearchPanelResponse:
-        directory, now = await _current(self._directories, request.patient_id, call)
+        if request.patient_id:
+            await call.subject(request.patient_id)
+        directory, mirror = await self._directories.current(
+            call.runtime.database, call.tenant_id, call.records, lambda: call.db
+        )
+        now = int(mirror.now)
         start, end = window(_given(request, "start_time"), _given(request, "end_time"), now, _PANEL_DAYS_AT_MOST)
         looking: list[Looking] = []
         steps: list[Step] = []
@@ -124,10 +139,16 @@ class AvailabilityViewsServicer(AvailabilityViewsServiceServicer):
         return answer
 
 
-async def _current(directories: Directories, patient_id: str, call: Call) -> tuple[Directory, int]:
-    if patient_id:
-        await call.subject(patient_id)
-    return await directories.current(call.runtime.database, call.tenant_id, call.records, lambda: call.db)
+async def _about(
+    request: pb.SearchAvailabilityRequest, call: Call, directory: Directory, now: int, end: int = 0
+) -> About | None:
+    """What must be known of the patient and of quotas. First: what else is asked of the patient is asked of who is seen."""
+    if not request.patient_id and not any(seat.limited for seat in directory.seats):
+        return None
+    directory.visit_type(request.visit_type_id)
+    asked = window(_given(request, "start_time"), end or _given(request, "end_time"), now)
+    sight = call.sight(request.patient_id) if request.patient_id else None
+    return await about(call.records, directory, call.tenant_id, request.visit_type_id, asked, sight, request.clinic_ids)
 
 
 class _Offered:

@@ -1,11 +1,11 @@
 """A tenant's directory as a search needs it: read once, kept in the process, and read again when anything in it changed.
 
-Whether it did, one cheap statement says before each search: the sum of all versions. A version only rises and no entry
-is ever deleted, so that each change makes the sum greater, and two states with one sum are the same state.
+Whether it did, the look that brings the calendar up to date says, too: the sum of all versions. A version only rises and
+no entry is ever deleted, so that each change makes the sum greater, and two states with one sum are the same state.
 """
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache
@@ -19,12 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from chassis.errors import Invalid
 from services.scheduling.availability import DateException, Interval, WeeklyHours
 from services.scheduling.directory import Clinic, Practitioner, Resource, Schedule, VisitType, exceptions, weekly
+from services.scheduling.mirror import VERSION, Fetch, Mirror, Starts
 
 _SCHEDULES_AT_MOST, _RESOURCES_AT_MOST, _TENANTS_AT_MOST = 20_000, 50_000, 64
-_TABLES = ("clinic", "practitioner", "schedule", "resource", "visit_type")
-
-Fetch = Callable[[Any, Mapping[str, Any]], Awaitable[Sequence[Sequence[Any]]]]
-"""Rows of a textual statement; an id may be the driver's own kind of UUID."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +37,8 @@ class Seat:
     practitioner: Practitioner
     limited: bool
     """Some block has quotas."""
+    held_back: bool
+    """Some block is held back until some time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +76,10 @@ class Directory:
     version: int = 0
     ranges: dict[Any, list[Interval]] = field(default_factory=dict)
     """When roles are in force, worked out once."""
+    fitting: dict[Any, list[Seat]] = field(default_factory=dict)
+    """Who comes into question for searches without wishes."""
+    starts: dict[Any, Starts] = field(default_factory=dict)
+    """All starts of visits, worked out once for each change of the calendar."""
 
     def visit_type(self, visit_type_id: str) -> VisitType:
         """Raises Invalid `VISIT_TYPE_UNKNOWN`."""
@@ -96,27 +99,38 @@ class Directory:
         return found
 
 
+@dataclass(slots=True)
+class _Kept:
+    """What is kept of a tenant."""
+
+    mirror: Mirror = field(default_factory=Mirror)
+    directory: Directory | None = None
+
+
 class Directories:
-    """The directories that were read, by database and tenant; those asked for last are kept."""
+    """The directories and calendars that were read, by database and tenant; those asked for last are kept."""
 
     def __init__(self) -> None:
-        self._kept: WeakKeyDictionary[Any, OrderedDict[str, Directory]] = WeakKeyDictionary()
+        self._kept: WeakKeyDictionary[Any, OrderedDict[str, _Kept]] = WeakKeyDictionary()
 
     async def current(
         self, database: Any, tenant_id: str, fetch: Fetch, session: Callable[[], AsyncSession]
-    ) -> tuple[Directory, int]:
-        """The directory as it is now, and the database's clock in epoch seconds. One statement where nothing changed."""
-        kept = self._kept.setdefault(database, OrderedDict())
-        now, version = await look(fetch, tenant_id)
-        found = kept.get(tenant_id)
+    ) -> tuple[Directory, Mirror]:
+        """The directory as it is now, and the calendar with the database's clock. One statement where nothing changed,
+        for all who ask at the same time.
+        """
+        tenants = self._kept.setdefault(database, OrderedDict())
+        kept = tenants.setdefault(tenant_id, _Kept())
+        tenants.move_to_end(tenant_id)
+        while len(tenants) > _TENANTS_AT_MOST:
+            tenants.popitem(last=False)
+        await kept.mirror.look(fetch, tenant_id)
+        version, found = kept.mirror.version, kept.directory
         if found is None or found.version != version:
-            found = kept[tenant_id] = await read(session(), tenant_id)
+            found = kept.directory = await read(session(), tenant_id)
             # What was read may be newer already; then the next one sees another sum and reads again.
             found.version = version
-            while len(kept) > _TENANTS_AT_MOST:
-                kept.popitem(last=False)
-        kept.move_to_end(tenant_id)
-        return found, now
+        return found, kept.mirror
 
 
 async def look(fetch: Fetch, tenant_id: str) -> tuple[int, int]:
@@ -191,11 +205,10 @@ def _seat(row: Any, practitioner: Practitioner) -> Seat:
         exceptions(row.exceptions, "schedule"),
         practitioner,
         any(block.quotas for block in blocks),
+        any(block.release_hours for block in blocks),
     )
 
 
 _VERSION = text(
-    "SELECT floor(extract(epoch FROM clock_timestamp()))::bigint AS now, ("
-    + " + ".join(f"(SELECT coalesce(sum(version), 0) FROM {table} WHERE tenant_id = :tenant)" for table in _TABLES)
-    + ")::bigint AS version"
+    f"SELECT floor(extract(epoch FROM clock_timestamp()))::bigint AS now, {VERSION} AS version"
 ).bindparams(bindparam("tenant", type_=Uuid(as_uuid=False))).columns(now=BigInteger, version=BigInteger)  # fmt: skip

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Interval, Text, bindparam, text
 
+from services.scheduling.occupancy import CHANGES_KEPT_SECONDS
+
 if TYPE_CHECKING:
     from chassis.pipeline import Runtime
 
 PAGES = 128
 EVERY_SECONDS = 3600.0
+CHANGES_EVERY_SECONDS = 60.0
 _REST_SECONDS = 0.05
 # The packed range ends in its lane's seconds: 32 bits, of which the last second itself is free. The table is walked once,
 # some pages at a time: an index would cost each booking, and looking from the start for each batch would be quadratic.
@@ -27,6 +30,11 @@ _DELETE_SLOTS = text(
     "SELECT ctid FROM freed_slot WHERE create_time < transaction_timestamp() - :kept AND status NOT IN ('OPEN', 'OFFERED')"
     " LIMIT 1000 FOR UPDATE SKIP LOCKED))"
 ).bindparams(bindparam("kept", type_=Interval))
+_DELETE_CHANGES = text(
+    "DELETE FROM occupancy_change WHERE ctid = ANY(ARRAY("
+    "SELECT ctid FROM occupancy_change WHERE time < transaction_timestamp() - :kept ORDER BY time LIMIT 20000"
+    " FOR UPDATE SKIP LOCKED))"
+).bindparams(bindparam("kept", type_=Interval))
 _SIZE = text("SELECT pg_relation_size('occupancy') / current_setting('block_size')::int")
 
 
@@ -42,6 +50,13 @@ async def delete_old_occupancy(runtime: "Runtime") -> int:
             done += deleted.rowcount  # type: ignore[attr-defined]
         await asyncio.sleep(_REST_SECONDS)
     return done + await _delete_freed_slots(runtime)
+
+
+async def forget_changes(runtime: "Runtime") -> int:
+    """Delete what was noted of changes that every copy of the calendar has seen, or has given up for."""
+    async with runtime.database.acting("system:scheduling") as db:
+        deleted = await db.execute(_DELETE_CHANGES, {"kept": timedelta(seconds=CHANGES_KEPT_SECONDS)})
+        return int(deleted.rowcount)  # type: ignore[attr-defined]
 
 
 async def _delete_freed_slots(runtime: "Runtime") -> int:

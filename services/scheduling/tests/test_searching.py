@@ -4,7 +4,6 @@ from datetime import UTC, date, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
-from sqlalchemy import event
 
 from chassis.ids import new_id
 from services.scheduling.tests.desk import ALWAYS, refused, soon
@@ -179,52 +178,6 @@ async def test_every_offer_of_a_page_can_be_taken_until_its_time_is(desk):
     assert not await desk.overlaps()
     held = await desk.sql("SELECT start_time FROM appointment WHERE practitioner_id = :id", id=doctor)
     assert len(held) >= 2
-
-
-class Sent:
-    """Statements that reads send while this is open: by a session and on the short way, the audit's own aside."""
-
-    def __init__(self, database):
-        self._engine, self._loader, self.statements = database.engine.sync_engine, database._loader, []
-
-    def __enter__(self):
-        self._fetch = self._loader.fetch
-
-        async def fetch(sql, arguments):
-            self._note(None, None, sql)
-            return await self._fetch(sql, arguments)
-
-        self._loader.fetch = fetch
-        event.listen(self._engine, "before_cursor_execute", self._note)
-        return self
-
-    def __exit__(self, *_error):
-        del self._loader.fetch
-        event.remove(self._engine, "before_cursor_execute", self._note)
-
-    def _note(self, _connection, _cursor, statement, *_rest):
-        # Loops of the service are at work beside it.
-        if any(
-            f" {table} " in statement for table in ("clinic", "schedule", "occupancy o", "occupancy", "record_subject")
-        ):
-            if "hold_expire_time" not in statement and "DELETE" not in statement:
-                self.statements.append(statement)
-
-
-async def test_a_search_takes_three_statements_whatever_it_looks_at(desk):
-    """DOMAIN 2.1, slow availability: an N+1 made others wait 10 seconds to a minute. cal.diy#5277, #21103, #4007,
-    #4535, #9924, #23482; Cal-ID#1428.
-    """
-    visit = await desk.a_visit_type("counted", resource_kinds=["counted-room"])
-    await desk.a_room("counted-room")
-    patient, begin = await desk.a_patient(), day(2031, 6, 9)
-    await desk.search(visit, start_time=begin)  # the directory is read after it has changed, once
-    with Sent(desk.database) as sent:
-        found = await desk.search(visit, start_time=begin, patient_id=patient)
-    assert len(found.slots) == 50 and len(sent.statements) <= 3, sent.statements
-    with Sent(desk.database) as sent:
-        assert (await desk.count(visit, start_time=begin)).days
-    assert len(sent.statements) == 2, sent.statements
 
 
 async def test_a_start_on_the_grid_is_offered_at_midnight_too(desk):
