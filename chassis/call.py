@@ -196,6 +196,15 @@ class Call:
         named["tenant"] = self.tenant_id
         return named
 
+    def scope(self, model: type[A]) -> tuple[TextClause, dict[str, Any]]:
+        """The condition under which the caller sees a row of a model, `record_subject` joined to it, and what it is bound to
+        (`tenant` among it): for a statement that answers more than rows. Note what is shown with `saw`.
+        """
+        if self.caller.kind == "system":
+            return _EVERYTHING, {"tenant": self.tenant_id}
+        self._sure(model)
+        return visible(model.__tablename__), self._named(model)  # type: ignore[attr-defined]
+
     async def get(self, model: type[A], row_id: str, *, etag: str = "", what: str = "NOT_FOUND") -> A:
         """One row, locked against other writers in a write.
 
@@ -390,14 +399,32 @@ class Call:
 
     def _last(self, request: Message, order: Sequence[InstrumentedAttribute[Any]]) -> ColumnElement[Any]:
         """The key of the row before the page that the request's token asks for."""
+        ends = self._ends(request, len(order))
+        return tuple_(*[_read_key(column, value) for column, value in zip(order, ends, strict=True)])
+
+    def _ends(self, request: Message, count: int) -> list[Any]:
         opened = self.runtime.page_signer.open(getattr(request, "page_token", ""))
-        if not isinstance(opened, list) or len(opened) != len(order) + 1 or opened[0] != _shape(request, self.actor):
+        if not isinstance(opened, list) or len(opened) != count + 1 or opened[0] != _shape(request, self.actor):
             raise Invalid(
                 "PAGE_TOKEN_INVALID",
                 "The page token is not of this query; begin with the first page.",
                 field="page_token",
             )
-        return tuple_(*[_read_key(column, value) for column, value in zip(order, opened[1:], strict=True)])
+        return opened[1:]
+
+    def page_asked(
+        self, request: Message, *kinds: type, default: int = 50, most: int = 200
+    ) -> tuple[int, tuple[Any, ...] | None]:
+        """As `page` reads a request, for a statement of one's own: (size, where the page before ended, if there was one)."""
+        size = min(max(getattr(request, "page_size", 0) or default, 1), most)
+        if not getattr(request, "page_token", ""):
+            return size, None
+        ends = zip(kinds, self._ends(request, len(kinds)), strict=True)
+        return size, tuple(datetime.fromisoformat(end) if kind is datetime else kind(end) for kind, end in ends)
+
+    def page_after(self, request: Message, *ends: Any) -> str:
+        """The token of the page that goes on there."""
+        return self._token(request, ends)
 
     async def _page_short(
         self, wanted: Rows[A], order: Sequence[InstrumentedAttribute[Any]], descending: bool, limit: int
@@ -454,6 +481,9 @@ class Call:
         column = getattr(model, model.subject_field)
         owner = (await self.db.execute(select(column).where(by_id(model, self.tenant_id, row_id)))).scalar_one_or_none()
         return NeedSubject([owner or row_id], stale=self._unsure())
+
+
+_EVERYTHING = text("true")
 
 
 def model_owner(row: Aggregate) -> str:

@@ -3,11 +3,41 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple, Self
 
-from services.scheduling.appointment import Appointment, Status
+from services.scheduling.appointment import Status
 
 _WAITING = frozenset({Status.ARRIVED, Status.CHECKED_IN})
+
+
+class Visit(NamedTuple):
+    """What the board must know of a visit."""
+
+    id: str
+    version: int
+    patient_id: str
+    practitioner_id: str
+    status: Status
+    visit_type_id: str
+    start_time: datetime
+    end_time: datetime
+    modality: str
+    overbooking: int
+    walk_in: bool
+    confirm_time: datetime | None
+    hold_expire_time: datetime | None
+    arrive_time: datetime | None
+    """When the patient came, unless that was taken back."""
+    came_from: str
+    """The status before the last step."""
+    resource_ids: Sequence[str]
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> Self:
+        """Of a row with these values, the status by name and the arrival as it stands in the history."""
+        visit = cls(*row)
+        came = visit.arrive_time and datetime.fromisoformat(visit.arrive_time)  # type: ignore[arg-type]
+        return visit._replace(status=Status[visit.status], arrive_time=came)
 
 
 @dataclass(slots=True)
@@ -21,15 +51,15 @@ class Column:
     waiting: int = 0
 
 
-def shown(visit: Appointment, now: datetime) -> bool:
+def shown(visit: Visit, now: datetime) -> bool:
     """Whether it stands on the board: not what was a hold and has ended, or is about to."""
     if visit.status is Status.PENDING:
         return visit.hold_expire_time is not None and visit.hold_expire_time > now
-    return visit.status is not Status.CANCELLED or visit.history[-1]["from_status"] != Status.PENDING.name
+    return visit.status is not Status.CANCELLED or visit.came_from != Status.PENDING.name
 
 
 def arrange(
-    visits: Iterable[Appointment], people: Iterable[Sequence[Any]], now: datetime, *, everybody: bool
+    visits: Iterable[Visit], people: Iterable[Sequence[Any]], now: datetime, *, everybody: bool
 ) -> list[Column]:
     """Columns in the order of `people` ((id, name) each), then others; without `everybody` only those with visits."""
     columns = {who: Column(who, name) for who, name in people}
@@ -41,31 +71,10 @@ def arrange(
     return [one for one in columns.values() if everybody or one.visits]
 
 
-def arrival(visit: Appointment) -> datetime | None:
-    """When the patient came, unless that was taken back."""
-    if visit.status not in _WAITING and visit.status is not Status.FULFILLED:
-        return None
-    came = [step["time"] for step in visit.history if step["action"] == "arrive"]
-    return datetime.fromisoformat(came[-1]) if came else None
-
-
-def _shown(visit: Appointment, now: datetime) -> dict[str, Any]:
-    came = arrival(visit)
-    waits = came is not None and visit.status in _WAITING
-    return {
-        "id": visit.id,
-        "version": visit.version,
-        "patient_id": visit.patient_id,
-        "status": visit.status,
-        "visit_type_id": visit.visit_type_id,
-        "start_time": visit.start_time,
-        "end_time": visit.end_time,
-        "modality": visit.modality,
-        "overbooking": visit.overbooking,
-        "walk_in": visit.walk_in,
-        "confirm_time": visit.confirm_time,
-        "arrive_time": came,
-        "minutes_waited": max(int((now - came).total_seconds()) // 60, 0) if came is not None and waits else 0,
-        "hold_expire_time": visit.hold_expire_time if visit.status is Status.PENDING else None,
-        "resource_ids": [one["actor"]["id"] for one in visit.participants if one["actor"]["type"] == "Resource"],
-    }
+def _shown(visit: Visit, now: datetime) -> dict[str, Any]:
+    found = visit._asdict()
+    if visit.status is not Status.PENDING:
+        found["hold_expire_time"] = None
+    if visit.arrive_time is not None and visit.status in _WAITING:
+        found["minutes_waited"] = max(int((now - visit.arrive_time).total_seconds()) // 60, 0)
+    return found
