@@ -11,12 +11,15 @@ from pathlib import Path
 
 import uvloop
 
-from bench import report, workloads
+from bench import calendar_load, report, workloads
+from bench.calendar_world import CalendarWorld
 from bench.workloads import Figure
 from bench.world import World
 from bench.wrk import Scripts, require_wrk
 
-WORKLOADS = ("summary", "book", "contested", "lag", "start")
+WORKLOADS = ("summary", "book", "contested", "lag", "start", "calendar")
+_GROWTH = 1.5
+"""What an operation may cost at ten times the data."""
 
 
 def _arguments() -> argparse.Namespace:
@@ -28,6 +31,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--data", type=Path, default=Path(".cache/bench"), help="folder of the data set; kept for the next time"
+    )
+    parser.add_argument(
+        "--asked", default=[], type=lambda text: text.split(","), help="of calendar: words of the workloads' names"
     )
     parser.add_argument("--write", action="store_true", help="put the figures into docs/performance.md")
     parser.add_argument("--hold", action="store_true", help="measure nothing; keep the system up until Ctrl-C")
@@ -94,7 +100,7 @@ def main() -> None:
         require_wrk()
     notes: list[str] = []
     figures: list[Figure] = []
-    if set(arguments.only) - {"start"}:
+    if set(arguments.only) - {"start", "calendar"}:
         figures = uvloop.run(_measure(arguments))
     if "start" in arguments.only and not arguments.hold:
         folder = arguments.data.with_name(arguments.data.name + "-start")
@@ -107,10 +113,40 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     if arguments.hold:
         return
+    results = uvloop.run(_calendar(arguments)) if "calendar" in arguments.only else []
+    if results:
+        print(f"\n{report.machine()}\n\n{report.calendar(results)}")
+        if arguments.write:
+            report.write_calendar(_command(), results)
+    if figures or notes:
+        _tell(arguments, figures, notes)
+    grown = [one.workload.name for one in results if one.growth > _GROWTH]
+    if grown:
+        sys.exit(f"costs more than {_GROWTH} times as much at ten times the data: {', '.join(grown)}")
+
+
+def _command() -> str:
+    return "make bench" + "".join(f" {each}" for each in sys.argv[1:] if each != "--write")
+
+
+def _tell(arguments: argparse.Namespace, figures: list[Figure], notes: list[str]) -> None:
     print(f"\n{report.machine()}\n\n{report.table(figures)}\n{report.remarks(figures)}")
     print("\n".join(notes))
     if arguments.write:
-        report.write("make bench" + "".join(f" {each}" for each in sys.argv[1:] if each != "--write"), figures, notes)
+        report.write(_command(), figures, notes)
+
+
+async def _calendar(arguments: argparse.Namespace) -> list[calendar_load.Result]:
+    folder = arguments.data.with_name(arguments.data.name + "-calendar")
+    print(f"Starting the scheduling service in {folder}", flush=True)
+    async with CalendarWorld(folder, arguments.appointments) as world:
+        return await calendar_load.measure(
+            world,
+            arguments.asked,
+            arguments.seconds / 2,
+            arguments.repeats,
+            lambda result: print(report.calendar([result]).splitlines()[-1], flush=True),
+        )
 
 
 if __name__ == "__main__":

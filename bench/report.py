@@ -3,16 +3,19 @@
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 
+from bench.calendar_load import Result
 from bench.workloads import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docs" / "performance.md"
 _BEGIN, _END = "<!-- measured: begin -->", "<!-- measured: end -->"
+_CALENDAR = "<!-- calendar: begin -->", "<!-- calendar: end -->"
 FLOORS = {
     "summary, 50 tokens": "300/s",
     "book": "250/s",
@@ -43,6 +46,32 @@ def remarks(figures: list[Figure]) -> str:
         for each in figures
         if each.more
     )
+
+
+def calendar(results: Sequence[Result]) -> str:
+    """A Markdown table of what is asked of the scheduling service alone."""
+    lines = [
+        "| workload | target | per second | p50 ms | p99 ms | CPU-ms/op | service | postgres | client | statements | "
+        "without the service, per second | ratio | its postgres CPU-ms | at ten times the data | not answered | pace |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in results:
+        of = one.of
+        lines.append(
+            f"| {one.workload.name} | {one.workload.target} | {of('rate'):,.0f} | {of('p50'):.1f} | {of('p99'):.1f} |"
+            f" {of('service') + of('postgres'):.2f} | {of('service'):.2f} | {of('postgres'):.2f} | {of('client'):.2f} |"
+            f" {of('statements'):.0f} | {of('limit'):,.0f} | {of('rate') / max(of('limit'), 1e-9):.2f} |"
+            f" {of('limit_postgres'):.2f} | x {one.growth:.2f} | {sum(run.wrong for run in one.runs)} | {of('pace'):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_calendar(command: str, results: Sequence[Result]) -> None:
+    """Replace the table of the scheduling service in docs/performance.md."""
+    begin, end = _CALENDAR
+    part = "\n\n".join([begin, f"Measured on {machine()}, by `{command}`:", calendar(results), end])
+    before, _, rest = FILE.read_text().partition(begin)
+    FILE.write_text(before + part + rest.partition(end)[2])
 
 
 def machine() -> str:

@@ -41,7 +41,7 @@ class Figure:
     broken: int = 0
     more: dict[str, float] = field(default_factory=dict)
     """Further figures by name."""
-    pace: float = field(default_factory=lambda: _pace())
+    pace: float = field(default_factory=lambda: pace())
     """Milliseconds that this very Python took for a million additions, right after the run."""
 
 
@@ -61,7 +61,7 @@ def middle(figures: list[Figure]) -> Figure:
     )
 
 
-def _pace() -> float:
+def pace() -> float:
     """A shared machine's cores run at changing speed; this says at which they ran."""
     began, total = time.process_time(), 0
     for number in range(1_000_000):
