@@ -1,14 +1,14 @@
 """The directory: clinics, practitioners, rooms and devices, visit types, and the hours in which they can be booked."""
 
 from collections.abc import Iterable, Sequence
-from datetime import date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from functools import cache
 from itertools import combinations
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo, available_timezones
 
 import phonenumbers
-from sqlalchemy import Index, Text, UniqueConstraint, text
+from sqlalchemy import DateTime, Index, Text, UniqueConstraint, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -323,6 +323,7 @@ class Schedule(DirectoryRow, Base):
     __table_args__ = (
         UniqueConstraint("tenant_id", "practitioner_id", "clinic_id", name="schedule_practitioner_key"),
         Index("schedule_by_clinic", "tenant_id", "clinic_id"),
+        Index("schedule_release", "release_time", postgresql_where=text("release_time IS NOT NULL")),
     )
     aggregate = "schedule"
 
@@ -330,10 +331,13 @@ class Schedule(DirectoryRow, Base):
     clinic_id: Mapped[str] = mapped_column(Id)
     weekly_hours: Mapped[list[Any]] = mapped_column(JSONB, **_JSON_LIST)
     exceptions: Mapped[list[Any]] = mapped_column(JSONB, **_JSON_LIST)
+    # When to look for blocks that were released since; none where nothing is held back.
+    release_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
 
     def check(self) -> None:
         """Raises Invalid `DATE_INVALID`, `PERIOD_INVALID`, `TIMES_INCOMPLETE`, `HOURS_OVERLAP`."""
         check_hours(self.weekly(), self.exceptions_(), "schedule")
+        self.release_time = datetime.now(UTC) if any(block.release_hours for block in self.weekly()) else None
 
     def weekly(self) -> tuple[WeeklyHours, ...]:
         """The weekly hours as the calendar's arithmetic takes them."""

@@ -34,6 +34,8 @@ from services.scheduling.expiry import expire_holds
 from services.scheduling.nightly import EVERY_SECONDS as NIGHTLY_SECONDS
 from services.scheduling.nightly import take_measures
 from services.scheduling.reactions import OVERDUE, reactions, tell_overdue_requests
+from services.scheduling.releasing import EVERY_SECONDS as RELEASES_SECONDS
+from services.scheduling.releasing import notice_releases
 from services.scheduling.sending_video import keep_rooms
 from services.scheduling.servicer_appointments import AppointmentsServicer
 from services.scheduling.servicer_availability import AvailabilityServicer, AvailabilityViewsServicer
@@ -125,6 +127,7 @@ SERVICE = Service(
         Loop(OVERDUE, tell_overdue_requests, every=5.0),
         BackfillLoop(),
         Loop("measures", take_measures, every=NIGHTLY_SECONDS),
+        Loop("releases", notice_releases, every=RELEASES_SECONDS),
         Loop("video rooms", keep_rooms, every=1.0),
         Loop("old occupancy", delete_old_occupancy, every=EVERY_SECONDS),
         Loop("old changes", forget_changes, every=CHANGES_EVERY_SECONDS),

@@ -17,6 +17,8 @@ from care.scheduling.v1.stranded_pb2_grpc import StrandedAppointmentsServiceStub
 
 from chassis.errors import Problem
 from chassis.ids import new_id
+from services.scheduling.directory import Clinic, Schedule
+from services.scheduling.releasing import next_release, released
 from services.scheduling.tests.desk import ALWAYS, refused, soon
 
 NEW_YORK = ZoneInfo("America/New_York")
@@ -261,3 +263,26 @@ async def test_hours_are_tried_out_before_they_are_set(desk):
     # What is outside already isn't the new hours' doing.
     await change(desk, schedule, '"1"', weekly_hours=[one for one in everywhere if one["weekday"] != day])
     assert (await preview([])).total == 1
+
+
+def test_a_release_is_seen_once_whenever_one_looks_and_not_on_days_that_are_closed():
+    hours = [
+        block(1, "09:00", "12:00", release_hours=48),
+        block(3, "09:00", "12:00"),
+        block(5, "22:00", "02:00", release_hours=1),
+    ]
+    schedule = Schedule(weekly_hours=hours, exceptions=[{"date": "2031-06-16", "kind": "CLOSED"}])
+    clinic = Clinic(time_zone="America/New_York", closed_dates=[], status="ACTIVE", holiday_region="")
+    at, end = (datetime(2031, 6, day, tzinfo=NEW_YORK).astimezone(UTC) for day in (2, 30))
+    seen = []
+    while at < end:
+        following = next_release(schedule, clinic, at)
+        assert at < following <= at + timedelta(days=1)
+        # As the loop does: from the time at which one was to look, at whatever time that is done.
+        late = following + timedelta(minutes=7)
+        seen += [one for _, windows in released(schedule, clinic, following, late) for one in windows]
+        at = late
+    starts = [datetime.fromtimestamp(begin, NEW_YORK).strftime("%m-%d %H:%M") for begin, _ in seen]
+    assert starts == [
+        "06-06 22:00", "06-09 09:00", "06-13 22:00", "06-20 22:00", "06-23 09:00", "06-27 22:00", "06-30 09:00",
+    ]  # fmt: skip

@@ -1,7 +1,7 @@
 """The waitlist at work: entries, what is freed, offers and their answers, over gRPC and PostgreSQL."""
 
 import asyncio
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from zoneinfo import ZoneInfo
 
@@ -17,6 +17,7 @@ from chassis.ids import new_id
 from chassis.testing.harness import Harness
 from services.scheduling import measures
 from services.scheduling.backfill import preview
+from services.scheduling.releasing import notice_releases
 from services.scheduling.service import SERVICE
 from services.scheduling.tests.desk import ALWAYS, refused, soon
 from services.scheduling.tests.waiting import ALWAYS_OPEN, WaitingDesk
@@ -655,3 +656,34 @@ async def test_the_rate_of_what_the_waitlist_filled_is_measured_beside_what_was_
     )
     rates = await desk.harness.call("scheduling", MeasuresServiceStub, "GetVisitRates", request, "wilma")
     assert (rates.waitlist_fill_rate.value, rates.waitlist_fill_rate.counted) == (0.5, 2)
+
+
+async def test_a_block_that_is_released_is_offered_to_who_waits(desk):
+    """Held back, it is nobody's yet; when its time has come, who waits need not be the last to know."""
+    begins = soon(2, 18)
+    local = begins.astimezone(ZoneInfo("America/New_York"))
+    doctor = await desk.a_practitioner(f"Back{new_id()}", hours=())
+    block = {
+        "weekday": local.isoweekday(), "start": local.strftime("%H:%M"), "valid_from": str(local.date()),
+        "end": (local + timedelta(hours=1)).strftime("%H:%M"), "valid_until": str(local.date()), "release_hours": 1,
+    }  # fmt: skip
+    schedule = await desk.hours(doctor, [block])
+    entry = await desk.enlist(practitioner_ids=[doctor])
+    runtime = desk.harness.servers["scheduling"].runtime
+    etag = (await desk.sql("SELECT version FROM schedule WHERE id = :id", id=schedule))[0][0]
+    await notice_releases(runtime)
+    ((due,),) = await desk.sql("SELECT release_time FROM schedule WHERE id = :id", id=schedule)
+    assert due <= begins - timedelta(hours=1) and not await desk.offers(entry)
+    # As if it had been released just now: an hour before, as it is, would be within the lock-out.
+    released = int((begins - datetime.now(UTC)) / timedelta(hours=1))
+    await desk.sql(
+        "UPDATE schedule SET release_time = clock_timestamp() - interval '1 hour',"
+        " weekly_hours = jsonb_set(weekly_hours, '{0,release_hours}', to_jsonb(CAST(:hours AS int))) WHERE id = :id",
+        hours=released + 1, id=schedule,
+    )  # fmt: skip
+    await notice_releases(runtime)
+    await desk.until(entry, "OFFERED")
+    (offer,) = await desk.offers(entry)
+    assert offer.start_time.ToDatetime(UTC) == begins
+    ((version, following),) = await desk.sql("SELECT version, release_time FROM schedule WHERE id = :id", id=schedule)
+    assert version == etag and following > datetime.now(UTC)
