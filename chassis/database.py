@@ -326,7 +326,7 @@ class AuditLog:
                 await connection.execute(_AUDIT_ONCE, [dict(row) for row in rows])
 
     async def refused(self, entry: dict[str, Any]) -> None:
-        """Note a refusal. Where the database is away the refusal stands in the log alone."""
+        """Note a refusal before the answer; where that takes longer than two seconds, as soon as it can be."""
         self._refusals.append(entry)
         try:
             # Losers of a race come in crowds: whoever gets the turn writes for all that wait, on one connection.
@@ -338,7 +338,11 @@ class AuditLog:
                     self._refusals[:] = [one for one in self._refusals if id(one) not in written]
         except Exception as error:
             self._refusals[:] = [one for one in self._refusals if one is not entry]
-            self._log.error("refusal not audited", method=entry["method"], error=type(error).__name__)
+            waits = len(self._buffer) < _AUDIT_BUFFER_AT_MOST
+            if waits:  # who is refused is told so in time, and a row that was written after all is written once
+                self._buffer.append(entry)
+            self._log.error("refusal not audited yet" if waits else "refusal not audited",
+                            method=entry["method"], error=type(error).__name__)  # fmt: skip
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="audit")

@@ -381,7 +381,8 @@ class _Document:
     def _scalar(self, field: FieldDescriptor, rules: Any = None) -> Json:
         rules = rules if rules is not None else field.GetOptions().Extensions[_RULES]
         if field.enum_type is not None:
-            return self._enum(field.enum_type)
+            allowed = _allowed(field.enum_type, rules)
+            return {**self._enum(field.enum_type), **({"enum": allowed} if allowed else {})}
         if field.type == _F.TYPE_BOOL:
             return {"type": "boolean"}
         if field.type == _F.TYPE_BYTES:
@@ -458,7 +459,8 @@ class _Document:
         if field.is_repeated:
             rules = rules.repeated.items
         if field.enum_type is not None:
-            return field.enum_type.values[min(1, len(field.enum_type.values) - 1)].name
+            names = _allowed(field.enum_type, rules) or [value.name for value in field.enum_type.values]
+            return names[min(1, len(names) - 1)]
         if field.type == _F.TYPE_BOOL:
             return _known_example(field) is not False
         if field.type == _F.TYPE_BYTES:
@@ -474,6 +476,11 @@ class _Document:
             return 1.5
         number = max(1, rules.int32.gte)
         return number if field.type == _F.TYPE_INT32 else str(number)
+
+
+def _allowed(kind: EnumDescriptor, rules: Any) -> list[str]:
+    """Names of the values that a field takes, where it takes some of them only."""
+    return [kind.values_by_number[number].name for number in getattr(rules.enum, "in")]
 
 
 def _known_example(field: FieldDescriptor) -> Any:

@@ -225,6 +225,6 @@ class Harness:
         """One call as a user. Raises Problem."""
         try:
             rpc = getattr(stub(self.channel(service)), method)
-            return await rpc(request, metadata=self.as_user(subject), timeout=10)
+            return await rpc(request, metadata=self.as_user(subject), timeout=30)
         except grpc.RpcError as error:
             raise problem_from_rpc(error) from None

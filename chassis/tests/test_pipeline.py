@@ -589,7 +589,21 @@ async def test_a_crowd_of_refusals_is_noted_whole_on_one_connection(small: Small
     answers = await asyncio.gather(*(small.rpc("GetTask", "fred", id="x") for _ in range(150)), return_exceptions=True)
     watching.cancel()
     assert all(isinstance(answer, Invalid) for answer in answers)
+    await small.server.database.audit._flush()  # what a slow machine did not note within two seconds
     assert len(await audited(small, "care.patients.v1.TasksService/GetTask", actor=f"staff:{who}")) == 150
+
+
+async def test_a_refusal_that_cannot_be_noted_in_time_is_noted_later_and_once(small: Small) -> None:
+    who = await small.harness.staff("wanda", ["tasks.read"], clinics=[small.clinic])
+    audit = small.server.database.audit
+    async with small.server.database.engine.connect() as connection:
+        await connection.begin()
+        await connection.execute(text("LOCK TABLE audit IN EXCLUSIVE MODE"))
+        await refused(Invalid, "FIELD_INVALID", small.rpc("GetTask", "wanda", id="x"))
+        await connection.rollback()
+    await audit._flush()
+    await audit._flush()
+    assert len(await audited(small, "care.patients.v1.TasksService/GetTask", actor=f"staff:{who}")) == 1
 
 
 async def test_no_words_of_a_caller_keep_a_refusal_out_of_the_audit(small: Small) -> None:

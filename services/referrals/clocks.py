@@ -71,7 +71,7 @@ def _alike(next_action: str, unit: Unit, amount: int) -> dict[str, Clock]:
 
 Table = Mapping[tuple[str, str], Clock]
 
-# Defaults of DOMAIN 4.6. A draft and a question use the acknowledgement's clock, a missed visit the scheduling one. 48 hours
+# The defaults. A draft and a question use the acknowledgement's clock, a missed visit the scheduling one. 48 hours
 # to be seen is California's urgent standard.
 DEFAULT_CLOCKS: Table = {
     (state, priority): clock

@@ -47,7 +47,7 @@ def said(whose="patient", details=False, clinic=CLINIC, kind=FOLLOW_UP, **more):
 
 @pytest.mark.parametrize("read", [by_icalendar, by_dateutil, by_icaljs])
 def test_other_programs_read_the_instants_of_the_rows_through_the_nights_in_which_clocks_are_turned(read):
-    """DOMAIN 2.1 DST: YosemiteCrew#3140 (offset taken at 1970), nextcloud/calendar#6407 (one day off),
+    """Reported elsewhere, DST: YosemiteCrew#3140 (offset taken at 1970), nextcloud/calendar#6407 (one day off),
     GINNOV/poligest#18 (19:00 sent at 20:30); zone of whom, Bahmni#201: each visit stands in its clinic's own."""
     visits = [
         written(datetime(*night, tzinfo=ZoneInfo(zone)).astimezone(UTC) + timedelta(minutes=30 * number), zone)

@@ -102,7 +102,7 @@ async def test_a_preview_says_what_would_become_of_each_and_writes_nothing(clear
 
 
 async def test_who_allows_it_is_moved_others_are_offered_a_held_time_and_nothing_new_is_booked(clearer, desk):
-    """DOMAIN 2.1, leave over booked visits: they are never left standing unseen, and never moved without a right to."""
+    """Reported elsewhere, leave over booked visits: they are never left standing unseen, and never moved without a right to."""
     doctor, day, visits = await a_day(desk)
     allowed, asked, hold_only = visits
     await clearer.wish(allowed.patient_id, within_days=30, same_practitioner=True)

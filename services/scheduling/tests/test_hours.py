@@ -115,7 +115,7 @@ async def told(desk, appointment, kind, count):
 
 
 async def test_a_change_of_hours_tells_each_visit_that_it_leaves_outside_and_moves_none(desk):
-    """DOMAIN 2.1, conflict rules: leave that is entered after visits were booked hides none of them."""
+    """Reported elsewhere, conflict rules: leave that is entered after visits were booked hides none of them."""
     doctor = await desk.a_practitioner("Hours", hours=())
     schedule = await desk.hours(doctor)
     first, second = soon(5, 14), soon(6, 14)
@@ -165,7 +165,7 @@ async def test_a_day_on_which_the_clinic_closes_strands_its_visits_too(desk):
 
 
 async def test_a_search_sees_a_change_of_the_directory_at_once(desk):
-    """DOMAIN 2.1, slow availability: what is kept is checked against the directory's version each time."""
+    """Reported elsewhere, slow availability: what is kept is checked against the directory's version each time."""
     doctor = await desk.a_practitioner("Fresh", hours=())
     schedule = await desk.hours(doctor, [block(day, "09:00", "10:00") for day in range(1, 8)])
     monday = datetime(2031, 6, 9, tzinfo=NEW_YORK).astimezone(UTC)

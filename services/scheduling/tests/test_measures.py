@@ -42,7 +42,7 @@ def test_enough_starts_are_looked_at_to_hold_the_third():
 
 
 def test_days_are_counted_by_the_clinics_calendar_and_averaged_over_practitioners():
-    """DOMAIN 2.1 DST, medplum#8417: in the evening the server's day is already the next one."""
+    """Reported elsewhere, DST, medplum#8417: in the evening the server's day is already the next one."""
     now = int(datetime(2026, 11, 24, 23, 30, tzinfo=ZONE).timestamp())
     tomorrow = int(datetime(2026, 11, 25, 9, tzinfo=ZONE).timestamp())
     assert measures.wait(now, [tomorrow, tomorrow + 3 * 86400, None], ZONE) == measures.Wait(2.5, 2, 1)

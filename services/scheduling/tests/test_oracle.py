@@ -1,9 +1,9 @@
 """Availability against an oracle that walks minute by minute: it imports nothing of the service, and knows no rule of
 time but how a clock in the zone reads at an instant.
 
-DOMAIN 2.1, DST and zone of whom: hours are the clinic's wall time, on both days on which its clocks change, over
-midnight, and where they never do. DOMAIN 2.1, buffers: before and after, each once, taken from what stands and never
-shown. DOMAIN 2.1, multi-resource: one free of each pool, none twice.
+Reported elsewhere, DST and zone of whom: hours are the clinic's wall time, on both days on which its clocks change, over
+midnight, and where they never do. Reported elsewhere, buffers: before and after, each once, taken from what stands and never
+shown. Reported elsewhere, multi-resource: one free of each pool, none twice.
 """
 
 from datetime import UTC, date, datetime, time, timedelta

@@ -84,7 +84,7 @@ class Queue:
 
 
 async def test_three_calls_then_a_letter_then_closed_with_an_owner_and_a_clock_at_each_step(queue, desk):
-    """DOMAIN 2.1, the queue that rests: "no request without an owner, a due time and provable attempts"."""
+    """Reported elsewhere, the queue that rests: "no request without an owner, a due time and provable attempts"."""
     request = await queue.ask(priority=2)
     seen = [request]
     assert await refused(queue.letter(request)) == "ILLEGAL_TRANSITION"

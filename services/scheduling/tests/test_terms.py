@@ -61,7 +61,7 @@ async def monday(desk, doctor, visit="", subject="cora", **more):
 
 
 async def test_all_of_several_sets_are_taken_any_one_of_each_and_none_serves_two(desk):
-    """DOMAIN 2.1, multi-resource: requirement sets are all-of and any-of pools. calrs PR#149 has one or the other."""
+    """Reported elsewhere, multi-resource: requirement sets are all-of and any-of pools. calrs PR#149 has one or the other."""
     one, two = await desk.a_room("suite"), await desk.a_room("suite")
     named = await desk.a_room("laser")
     other = await desk.a_room("laser")
@@ -97,7 +97,7 @@ async def test_a_resource_is_there_only_in_its_own_hours_and_while_it_is_active(
 
 
 async def test_an_interpreter_of_the_language_is_a_resource_like_others(desk):
-    """DOMAIN 2.1, multi-resource: who interprets is taken with the visit and moves with it."""
+    """Reported elsewhere, multi-resource: who interprets is taken with the visit and moves with it."""
     doctor = await desk.a_practitioner("Polyglot", office())
     spanish = await desk.a_room("interpreter", languages=["es-MX"], weekly_hours=office("09:30", "11:00"))
     await desk.a_room("interpreter", languages=["zh"])
@@ -173,7 +173,7 @@ async def test_so_many_visits_of_a_type_or_of_new_patients_start_in_a_block(desk
 
 
 async def test_the_last_place_of_a_quota_goes_once_however_many_ask_at_once(desk):
-    """DOMAIN 2.1, race: what is counted and then taken is taken under a lock."""
+    """Reported elsewhere, race: what is counted and then taken is taken under a lock."""
     doctor = await desk.a_practitioner("Rush", office("09:00", "11:00", quotas=[{"at_most": 2}]))
     starts = [at(9, 15 * n) for n in range(0, 8, 2)] * 3
     asked = [desk.book(await desk.a_patient(), start, doctor) for start in starts]
@@ -273,7 +273,7 @@ async def test_a_role_counts_while_it_is_in_force(desk):
 
 
 async def test_patients_book_move_and_cancel_by_themselves_as_the_visit_type_says(desk):
-    """DOMAIN 2.1, reschedule and cancel by patient: a policy per visit type says who may, and until when.
+    """Reported elsewhere, reschedule and cancel by patient: a policy per visit type says who may, and until when.
     openemr#11076 (all or nothing).
     """
     patient = await desk.a_patient()
