@@ -259,7 +259,9 @@ class Sent:
 @pytest.mark.parametrize("days", [2, 100])
 @pytest.mark.parametrize("quotas", [False, True])
 async def test_a_search_takes_three_statements_at_most_whatever_it_asks(desk, days, quotas):
-    """DOMAIN 2.1, slow availability: an N+1 made others wait 10 seconds to a minute."""
+    """DOMAIN 2.1, slow availability: an N+1 made others wait 10 seconds to a minute. Slow availability (an N+1, or the
+    whole calendar read): cal.diy#5277, #21103, #4007, #4535, #9924, #23482; Cal-ID#1428.
+    """
     name = f"counted-{days}-{quotas}".lower()
     visit = await desk.a_visit_type(name, resource_kinds=[name])
     await desk.a_room(name)
