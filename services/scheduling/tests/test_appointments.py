@@ -10,6 +10,7 @@ from care.type.v1 import type_pb2
 
 from chassis.errors import FailedPrecondition, Problem
 from chassis.ids import new_id
+from services.scheduling import booking
 from services.scheduling.appointment import Appointment
 from services.scheduling.appointment import Status as AppointmentStatus
 from services.scheduling.settings import SchedulingSettings
@@ -638,6 +639,24 @@ async def test_who_overbooks_beside_an_ordinary_booking_gets_the_next_lane(desk)
     ordinary, permitted = outcomes[:5], outcomes[5:]
     assert all(isinstance(one, int) for one in permitted), permitted
     assert set(ordinary) <= {0, "SLOT_TAKEN"} and sorted(permitted) in ([0, 1, 2], [1, 2, 3])
+
+
+async def test_who_overbooks_takes_the_next_lane_where_somebody_came_between_looking_and_taking(desk, monkeypatch):
+    """The same at the one moment that matters: nothing stood there when it was looked at, and all does when it is taken."""
+    visit = await desk.a_visit_type("between", overbooking_cap=3)
+    start, patient, other = when(), await desk.a_patient(), await desk.a_patient()
+    take, ordinary = booking.Chosen.take, []
+
+    async def late(chosen, db, appointment):
+        if chosen.overbooks and not ordinary:
+            ordinary.append(None)
+            ordinary[0] = await desk.book(other, start, visit_type_id=visit)
+        await take(chosen, db, appointment)
+
+    monkeypatch.setattr(booking.Chosen, "take", late)
+    over = {"reason": "epidemic"}
+    second = await desk.book(patient, start, subject="sam", visit_type_id=visit, overbooking=over)
+    assert (ordinary[0].overbooking, second.overbooking) == (0, 1)
 
 
 # -- the dead ----------------------------------------------------------------------------------------------------------
