@@ -229,6 +229,10 @@ async def measure(
     chosen = [one for one in WORKLOADS if not only or any(word in one.name for word in only)]
     captured = {one.name: await _capture(world, one) for one in chosen}
     results = {one.name: Result(one) for one in chosen}
+    for name in world.targets:  # directories and calendars are read, once
+        for one in chosen:
+            if not one.writes:
+                await _load(world, one, name, WARM_UP, 0)
     for number in range(repeats):
         for one in chosen:
             results[one.name].runs.append(await _run(world, one, captured[one.name], seconds, number))

@@ -637,12 +637,13 @@ def all_starts(
         return [], []
     clock, _, ((_, ranges),) = found
     step = 60 * visit_type.grid
-    starts = [at for low, high in ranges for at in clock.grid(low, high, step)]
+    starts: list[int] = []
     days: list[tuple[int, int]] = []
-    for place, at in enumerate(starts):
-        day = clock.day(at)
-        if not days or days[-1][0] != day:
-            days.append((day, place))
+    for low, high in ranges:
+        for day, count, first in clock.days(low, high, step):
+            if not days or days[-1][0] != day:
+                days.append((day, len(starts)))
+            starts.extend(range(first, first + count * step, step))
     return starts, days
 
 

@@ -1,11 +1,12 @@
 """Free slots: what the directory and the calendar say about a window, read in bounded statements, worked out lazily."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from functools import cache
 from heapq import heapify, heappop, heapreplace
-from itertools import islice, pairwise
+from itertools import islice
 from math import asin, cos, radians, sin, sqrt
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from services.scheduling.availability import (
 from services.scheduling.booking import ESTABLISHED, STARTED, STARTED_WHERE
 from services.scheduling.directory import VisitType, speaks
 from services.scheduling.eligibility import Facts
-from services.scheduling.mirror import Entry, Fetch, Mirror, Starts
+from services.scheduling.mirror import Entry, Fetch, Mirror, Starts, by_day
 from services.scheduling.occupancy import LANES, PACKED
 from services.scheduling.snapshot import Directory, Place, Room, Seat, look, read
 
@@ -193,20 +194,21 @@ async def counts(
     *,
     mirror: Mirror | None = None,
     about: "About | None" = None,
-) -> tuple[Free, dict[tuple[str, int], tuple[int, int]]]:
-    """How many slots are free by clinic and ordinal of the local day, and the first of each day. Raises as `find` does."""
+) -> tuple[Free, list[tuple[str, int, int, int]]]:
+    """(clinic, ordinal of the local day, how many slots are free, the first) in any order. Raises as `find` does."""
     start, end = window(search.start, search.end, now)
     looking = Looking(fetch, directory, search, now, Free(now, start, end), mirror, about)
-    days: dict[tuple[str, int], tuple[int, int]] = {}
     if not await looking.begin() or end <= start:
-        return looking.free, days
+        return looking.free, []
     edge = await looking.kept(start, end)
-    for first, last in ((start, edge), (edge, end)):
-        if first < last:
-            for clinic_id, day, count, at in await looking.counted(looking.seats, first, last, edge):
-                before = days.get((clinic_id, day))
-                days[clinic_id, day] = (count, at) if before is None else (before[0] + count, min(before[1], at))
-    return looking.free, days
+    near = await looking.counted(looking.seats, start, edge, edge) if start < edge else []
+    if edge >= end:
+        return looking.free, near
+    days: dict[tuple[str, int], tuple[int, int]] = {}
+    for clinic_id, day, count, at in [*near, *await looking.counted(looking.seats, edge, end, edge)]:
+        before = days.get((clinic_id, day))  # a local day that lies on both sides of the edge
+        days[clinic_id, day] = (count, at) if before is None else (before[0] + count, min(before[1], at))
+    return looking.free, [(*key, *counted) for key, counted in days.items()]
 
 
 class About(NamedTuple):
@@ -419,16 +421,7 @@ class Looking:
     async def counted(self, seats: Sequence[Seat], first: int, last: int, edge: int) -> list[tuple[str, int, int, int]]:
         """(clinic, ordinal of the local day, how many, the first) of such a window, a day once or several times."""
         if last <= edge and self._plain(seats) and not self._elsewhere:
-            found = []
-            first = self._earliest_start(first)
-            for seat in seats:
-                starts = self._all_starts(seat)
-                low, high = starts.within(first, last)
-                for (day, place), (_, following) in pairwise([*starts.days, (0, len(starts.at))]):
-                    begin, end = max(place, low), min(following, high)
-                    if begin < end:
-                        found.append((seat.clinic_id, day, end - begin, starts.at[begin]))
-            return found
+            return self._counted(seats, self._earliest_start(first), last)
         await self.limit(seats, first, last)
         busy = await self._busy(seats, first, last, edge)
         return [
@@ -436,6 +429,28 @@ class Looking:
             for clinic_id, one, how in self.at(seats, busy, first, last)
             for day, (count, at) in count_by_day(*one, **how).items()  # type: ignore[arg-type]
         ]
+
+    def _counted(self, seats: Sequence[Seat], first: int, last: int) -> list[tuple[str, int, int, int]]:
+        by_clinic: dict[str, list[Starts]] = {}
+        for seat in seats:
+            by_clinic.setdefault(seat.clinic_id, []).append(self._all_starts(seat))
+        kept, found = self._directory.days, []
+        for clinic_id, here in by_clinic.items():
+            key = (clinic_id, self.visit_type.id)
+            known = kept.get(key)
+            if known is None or known[0] != here:  # the very same lists, or somebody's calendar has changed
+                if len(kept) > _STARTS_AT_MOST:
+                    kept.clear()
+                known = kept[key] = here, by_day(here)
+            for day, count, begin, end in known[1]:
+                if begin >= first and end < last:
+                    found.append((clinic_id, day, count, begin))
+                elif begin < last and end >= first:  # the window begins or ends within it
+                    parts = [one.of_day(day, first, last) for one in here]
+                    if any(count for count, _ in parts):
+                        at = min(at for count, at in parts if count)
+                        found.append((clinic_id, day, sum(count for count, _ in parts), at))
+        return found
 
     def _plain(self, seats: Sequence[Seat]) -> bool:
         """Whether what is free of each is the same for all who search: nothing else takes part, no wish, no rule."""
@@ -481,15 +496,16 @@ class Looking:
         first, duration, elsewhere = self._earliest_start(first), 60 * self.visit_type.asks.duration, self._elsewhere
         heads = []
         for seat, starts in found:
-            place, stop = starts.within(first, last)
-            if place < stop:
-                heads.append((starts.at[place], seat.clinic_id, seat.practitioner_id, place, stop, starts.at))
+            all_ = starts.at
+            place = bisect_left(all_, first)
+            if place < len(all_) and all_[place] < last:
+                heads.append((all_[place], seat.clinic_id, seat.practitioner_id, place, all_))
         heapify(heads)
         while heads:
-            at, clinic_id, practitioner_id, place, stop, all_ = heads[0]
+            at, clinic_id, practitioner_id, place, all_ = heads[0]
             place += 1
-            if place < stop:
-                heapreplace(heads, (all_[place], clinic_id, practitioner_id, place, stop, all_))
+            if place < len(all_) and all_[place] < last:
+                heapreplace(heads, (all_[place], clinic_id, practitioner_id, place, all_))
             else:
                 heappop(heads)
             if not any(begin < at + duration and at < end for begin, end in elsewhere):

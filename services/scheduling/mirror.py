@@ -10,7 +10,8 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from sqlalchemy import BigInteger, Text, Uuid, bindparam, text
@@ -165,6 +166,28 @@ class Starts:
     def within(self, first: int, last: int) -> tuple[int, int]:
         """The places of those in [first, last)."""
         return bisect_left(self.at, first), bisect_left(self.at, last)
+
+    def of_day(self, day: int, first: int, last: int) -> tuple[int, int]:
+        """How many of a local date lie in [first, last), and the first of them."""
+        count, at = 0, 0
+        for (one, place), (_, following) in pairwise([*self.days, (0, len(self.at))]):
+            if one == day:
+                low, high = self.within(first, last)
+                low, high = max(place, low), min(following, high)
+                if low < high:
+                    count, at = count + high - low, at or self.at[low]
+        return count, at
+
+
+def by_day(found: Iterable[Starts]) -> list[tuple[int, int, int, int]]:
+    """(ordinal of the local date, how many of all, the first and the last of them), by date."""
+    days: dict[int, tuple[int, int, int]] = {}
+    for starts in found:
+        at = starts.at
+        for (day, place), (_, following) in pairwise([*starts.days, (0, len(at))]):
+            count, first, last = days.get(day, (0, at[place], at[place]))
+            days[day] = (count + following - place, min(first, at[place]), max(last, at[following - 1]))
+    return [(day, *days[day]) for day in sorted(days)]
 
 
 def _oldest(snapshot: str) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import replace
 from datetime import date
+from functools import lru_cache
 from itertools import islice
 
 from care.scheduling.v1 import appointments_pb2 as pb
@@ -10,6 +11,7 @@ from care.scheduling.v1 import availability_views_pb2 as views
 from care.scheduling.v1 import directory_pb2
 from care.scheduling.v1.appointments_pb2_grpc import AvailabilityServiceServicer
 from care.scheduling.v1.availability_views_pb2_grpc import AvailabilityViewsServiceServicer
+from google.protobuf.message import Message
 
 from chassis.call import Call
 from chassis.errors import Invalid
@@ -21,7 +23,7 @@ from services.scheduling.directory import VisitType
 from services.scheduling.finding import About, Found, Free, Looking, Search, about, counts, find, taken, window, wishes
 from services.scheduling.offers import Place
 from services.scheduling.panels import Step, panels
-from services.scheduling.servicer_appointments import is_self_service, offer_signer
+from services.scheduling.servicer_appointments import is_self_service
 from services.scheduling.snapshot import Directories, Directory
 
 _PAGE, _PAGE_AT_MOST = 50, 200
@@ -73,14 +75,8 @@ class AvailabilityViewsServicer(AvailabilityViewsServiceServicer):
         known = await _about(request.search, call, directory, int(mirror.now))
         search = _search(request.search, call, directory)
         free, days = await counts(call.records, directory, search, int(mirror.now), mirror=mirror, about=known)
-        answer = views.SearchDayCountsResponse(ineligible=free.ineligible)
-        dates = {day: date.fromordinal(day).isoformat() for _, day in days}
-        for (clinic_id, day), (count, first) in sorted(days.items()):
-            counted = answer.days.add(
-                clinic_id=clinic_id, date=dates[day], slots=count, time_zone=free.zones[clinic_id]
-            )
-            counted.first_start_time.seconds = first
-        return answer
+        counted = [_counted(*one, free.zones[one[0]]) for one in sorted(days)]
+        return views.SearchDayCountsResponse(ineligible=free.ineligible, days=counted)
 
     async def SearchPanel(self, request: views.SearchPanelRequest, call: Call) -> views.SearchPanelResponse:
         if request.patient_id:
@@ -151,36 +147,68 @@ async def _about(
     return await about(call.records, directory, call.tenant_id, request.visit_type_id, asked, sight, request.clinic_ids)
 
 
+@lru_cache(20_000)
+def _counted(clinic_id: str, day: int, count: int, first: int, zone: str) -> Message:
+    """A message that goes into answers as a copy."""
+    made = views.SearchDayCountsResponse().days.add(
+        clinic_id=clinic_id, date=date.fromordinal(day).isoformat(), slots=count, time_zone=zone
+    )
+    made.first_start_time.seconds = first
+    return made
+
+
 class _Offered:
     """Slots as they are answered, each with a token that says what it is."""
 
     def __init__(self, call: Call, free: Free, search: Search) -> None:
         self._tenant_id, self._free, self._search = call.tenant_id, free, search
-        self._signer: Signer = offer_signer(call)
-        self._expires = free.now + int(call.runtime.settings.offer_lifetime)  # type: ignore[attr-defined]
+        self._secret = call.runtime.settings.signing_secret
+        lifetime = int(call.runtime.settings.offer_lifetime)  # type: ignore[attr-defined]
+        # So long at least: who searches within the same minute is offered the same.
+        step = max(1, min(60, lifetime // 15))
+        self._expires = -(-(free.now + lifetime) // step) * step
 
-    def slot(self, slot: Slot) -> pb.Slot:
-        search = self._search
-        place = Place(
+    def slot(self, slot: Slot) -> Message:
+        """The message, which goes into answers as a copy."""
+        free, search = self._free, self._search
+        return _offer(
+            self._secret,
+            self._tenant_id,
             search.visit_type_id,
-            slot.clinic_id,
-            slot.practitioner_id,
-            slot.start,
-            slot.resource_ids,
-            search.interpreter_language,
-        )
-        found = to_proto(
             slot,
-            pb.Slot,
-            visit_type_id=search.visit_type_id,
-            time_zone=self._free.zones[slot.clinic_id],
-            offer_token=self._signer.sign(offers.written(self._tenant_id, place, self._expires)),
-            distance_km=round(self._free.distances.get(slot.clinic_id, 0.0), 1),
-            held_back=slot in self._free.held,
-            interpreter_language=search.interpreter_language,
+            search.interpreter_language,
+            self._expires,
+            free.zones[slot.clinic_id],
+            round(free.distances.get(slot.clinic_id, 0.0), 1) if free.distances else 0.0,
+            bool(free.held) and slot in free.held,
         )
-        found.start_time.seconds, found.end_time.seconds = slot.start, slot.end
-        return found
+
+
+@lru_cache(20_000)
+def _offer(
+    secret: str,
+    tenant_id: str,
+    visit_type_id: str,
+    slot: Slot,
+    language: str,
+    expires: int,
+    zone: str,
+    distance: float,
+    held_back: bool,
+) -> Message:
+    place = Place(visit_type_id, slot.clinic_id, slot.practitioner_id, slot.start, slot.resource_ids, language)
+    found = to_proto(
+        slot,
+        pb.Slot,
+        visit_type_id=visit_type_id,
+        time_zone=zone,
+        offer_token=Signer(secret, "offer").sign(offers.written(tenant_id, place, expires)),
+        distance_km=distance,
+        held_back=held_back,
+        interpreter_language=language,
+    )
+    found.start_time.seconds, found.end_time.seconds = slot.start, slot.end
+    return found
 
 
 def _search(request: pb.SearchAvailabilityRequest, call: Call, directory: Directory) -> Search:

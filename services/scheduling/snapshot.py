@@ -78,6 +78,8 @@ class Directory:
     """When roles are in force, worked out once."""
     fitting: dict[Any, list[Seat]] = field(default_factory=dict)
     """Who comes into question for searches without wishes."""
+    days: dict[Any, tuple[list[Starts], list[tuple[int, int, int, int]]]] = field(default_factory=dict)
+    """The same counted by clinic and day."""
     starts: dict[Any, Starts] = field(default_factory=dict)
     """All starts of visits, worked out once for each change of the calendar."""
 
