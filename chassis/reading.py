@@ -26,6 +26,8 @@ from sqlalchemy import (
     all_,
     any_,
     bindparam,
+    func,
+    or_,
     select,
 )
 from sqlalchemy import Enum as EnumType
@@ -337,6 +339,10 @@ class Rows(Generic[M]):
         """The column, a list, has one of the values."""
         return self._add(_overlap, column, list(values)) if values else self
 
+    def overlap_or_none(self, column: Column, values: Sequence[Any]) -> Self:
+        """The column, a list, has one of the values or nothing at all."""
+        return self._add(_overlap_or_none, column, list(values)) if values else self
+
     def where(self, clause: ColumnElement[bool] | TextClause) -> Self:
         """A condition without values; made once at import, since it is known again by its identity."""
         self.terms.append(clause)
@@ -376,6 +382,10 @@ def _outside(column: Any, values: Any) -> Any:
 
 def _overlap(column: Any, values: Any) -> Any:
     return column.overlap(values)
+
+
+def _overlap_or_none(column: Any, values: Any) -> Any:
+    return or_(func.cardinality(column) == 0, column.overlap(values))
 
 
 class Statements:

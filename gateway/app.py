@@ -266,6 +266,8 @@ class Gateway:
             answer = await self._call(route)(message, timeout=left, metadata=(("authorization", f"Bearer {token}"),))
         except grpc.RpcError as error:
             raise problem_from_rpc(error) from error
+        if route.response.DESCRIPTOR.full_name == calendars.FILE:
+            return Response(200, *calendars.as_file(answer))
         headers = [_JSON]
         if route.response_has_etag and answer.etag:
             etag: str = answer.etag

@@ -19,6 +19,9 @@ TEMPLATE: Final = "/calendars/{token}.ics"
 _FILE = re.compile(r"(c-[A-Za-z0-9_-]{8,98})\.ics")
 _ETAG = re.compile(r'(?:W/)?"([^"]{1,100})"')
 _MOST_ETAGS: Final = 20
+_CALENDAR: Final = (b"content-type", b"text/calendar; charset=utf-8")
+FILE: Final = feeds_pb2.AppointmentCalendar.DESCRIPTOR.full_name
+"""The answer that leaves as the file that it holds, not as JSON."""
 _HEADERS: Final = (
     (b"referrer-policy", b"no-referrer"),
     # Kept by who may read it, asked about each time: what was cancelled is not to stand there any longer.
@@ -62,7 +65,14 @@ class Calendars:
         if answer.unchanged:
             return Feed(304, sent, b"")
         sent += [
-            (b"content-type", b"text/calendar; charset=utf-8"),
+            _CALENDAR,
             (b"content-disposition", b'inline; filename="visits.ics"'),
         ]
         return Feed(200, sent, answer.calendar.encode())
+
+
+def as_file(answer: feeds_pb2.AppointmentCalendar) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body of one visit to take along. The name is the service's, of no visit's words."""
+    name = answer.file_name.encode("ascii", "replace").replace(b'"', b"_")
+    headers = [_CALENDAR, (b"content-disposition", b'attachment; filename="' + name + b'"'), _HEADERS[1]]
+    return headers, answer.calendar.encode()

@@ -74,6 +74,7 @@ CONFLICTS: Final = frozenset(
         "PATIENT_DECEASED",
         "PREVIOUS_STANDS",
         "QUOTA_REACHED",
+        "SEATS_TAKEN",
         "SELF_SERVICE_TOO_LATE",
         "SESSION_CLOSED",
         "TOO_EARLY",

@@ -10,6 +10,7 @@ import orjson
 from buf.validate import validate_pb2
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 
+from gateway import calendars
 from gateway.codec import camel, is_map
 from gateway.contract import IDEMPOTENT, comments
 from gateway.events import TYPE
@@ -40,6 +41,10 @@ _EXAMPLES: Final[Mapping[str, Any]] = {
     "Coding.system": "http://terminology.hl7.org/CodeSystem/appointment-cancellation-reason",
     "MatchCard.birth_date": "1987-04-12",
     "Reminder.kind": "appointment",
+    "ImportAppointmentRequest.validate_only": False,
+    "ImportAppointmentRequest.local_start_time": "",
+    "ImportAppointmentRequest.local_end_time": "",
+    "ImportAppointmentRequest.duration_minutes": 0,
     "prefixes": "Dr.",
     "suffixes": "MD",
     "district": "Hampden",
@@ -214,6 +219,8 @@ class _Document:
                 }
             },
         }
+        if rpc.method.output_type.full_name == calendars.FILE:
+            answer["content"] = {"text/calendar": {"schema": {"type": "string"}, "example": "BEGIN:VCALENDAR\r\n…"}}
         if route.streams:
             answer["content"] = self._events(route)
             operation["parameters"].append({"$ref": "#/components/parameters/LastEventId"})

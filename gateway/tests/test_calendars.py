@@ -8,6 +8,7 @@ from care.scheduling.v1 import feeds_pb2
 from chassis.errors import NotFound, Unavailable
 from gateway.tests.conftest import World
 
+VISIT = "0198c5a2-6f00-7b3d-8a51-3f4c2d9e7a10"
 TOKEN = "c-Zm9vYmFyYmF6cXV4MTIzNA"
 READ = "care.scheduling.v1.CalendarLinksService/GetCalendarByLink"
 
@@ -81,3 +82,19 @@ async def test_a_feed_is_only_read_and_a_service_that_is_away_is_told_so(world: 
     world.services["scheduling"].answers[READ] = away
     answer = await world.http.get(f"/calendars/{TOKEN}.ics")
     assert answer.status_code == 503 and "retry-after" in answer.headers
+
+
+async def test_one_visit_to_take_along_is_a_file_too(world: World) -> None:
+    async def read(request: Any, metadata: dict[str, str]) -> Any:
+        if request.id != VISIT:
+            raise NotFound
+        return feeds_pb2.AppointmentCalendar(file_name="visit.ics", calendar="BEGIN:VCALENDAR\r\nMETHOD:PUBLISH\r\n")
+
+    world.services["scheduling"].answers["care.scheduling.v1.CalendarFeedsService/GetAppointmentCalendar"] = read
+    answer = await world.http.get(f"/v1/appointments/{VISIT}/calendar")
+    assert answer.content == b"BEGIN:VCALENDAR\r\nMETHOD:PUBLISH\r\n"
+    assert answer.headers["content-type"] == "text/calendar; charset=utf-8"
+    assert answer.headers["content-disposition"] == 'attachment; filename="visit.ics"'
+    assert answer.headers["cache-control"] == "private, no-cache"
+    missing = await world.http.get(f"/v1/appointments/{VISIT[:-1]}1/calendar")
+    assert (missing.status_code, missing.headers["content-type"]) == (404, "application/json")

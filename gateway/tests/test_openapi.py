@@ -31,7 +31,10 @@ def test_every_operation_and_field_is_described_and_has_examples() -> None:
         ids.add(operation["operationId"])
         assert operation["description"]
         ((kind, content),) = operation["responses"]["200"]["content"].items()
-        assert content["example"] and kind == ("text/event-stream" if route.streams else "application/json")
+        assert content["example"] and kind in (
+            "text/event-stream" if route.streams else "application/json",
+            "text/calendar",
+        )
         if "requestBody" in operation:
             assert "example" in operation["requestBody"]["content"]["application/json"]
         for parameter in operation["parameters"]:
@@ -63,3 +66,8 @@ def test_every_example_is_a_request_that_the_services_would_take() -> None:
         request = route.bind([ID] * len(route.positions), HttpRequest("&".join(query).encode(), headers, body))
         violations = protovalidate.collect_violations(request)
         assert [each.proto.rule_id for each in violations] == [], route.template
+
+
+def test_a_file_is_described_as_what_it_is() -> None:
+    (route,) = (one for one in ROUTES if one.rpc.method.name == "GetAppointmentCalendar")
+    assert list(_operation(route)["responses"]["200"]["content"]) == ["text/calendar"]

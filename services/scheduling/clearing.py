@@ -10,7 +10,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from chassis.errors import Invalid
 from chassis.lifecycle import Lifecycle
-from chassis.model import Id, Living, about_subject, status_type
+from chassis.model import Id, Ids, Living, about_subject, status_type
 from services.scheduling.directory import Base
 
 DAYS_AT_MOST = 31
@@ -38,7 +38,10 @@ class Clearing(Living, Base):
     """Days of a practitioner that are being cleared."""
 
     __tablename__ = "clearing"
-    __table_args__ = (Index("clearing_due", "look_time", postgresql_where=text("look_time IS NOT NULL")),)
+    __table_args__ = (
+        Index("clearing_due", "look_time", postgresql_where=text("look_time IS NOT NULL")),
+        Index("clearing_by_time", "tenant_id", "create_time", "id"),
+    )
     aggregate = "clearing"
     subject_field = None
     lifecycle = Lifecycle(
@@ -52,6 +55,8 @@ class Clearing(Living, Base):
     last_date: Mapped[str] = mapped_column(Text)
     # [clinic, first instant, last instant]: days begin by each clinic's own clock.
     windows: Mapped[list[Any]] = mapped_column(JSONB, nullable=False, default=list)
+    # The clinics of the windows: whose staff may know of it.
+    clinic_ids: Mapped[list[str]] = mapped_column(Ids, default=list, server_default=text("'{}'"))
     reason: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     status: Mapped[Status] = mapped_column(status_type(Status))
     # When to look for visits once more; a booking may have looked at the hours just before they were closed.

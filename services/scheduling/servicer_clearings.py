@@ -1,5 +1,6 @@
 """Clearing days over gRPC."""
 
+from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -41,6 +42,7 @@ class ClearingsServicer(ClearingsServiceServicer):
             first_date=wanted[0].isoformat(),
             last_date=wanted[-1].isoformat(),
             windows=windows,
+            clinic_ids=[clinic for clinic, _, _ in windows],
             reason=plain(request.reason) if request.HasField("reason") else None,
         )
         if request.preview:
@@ -59,13 +61,23 @@ class ClearingsServicer(ClearingsServiceServicer):
         # Why somebody is away, and how many that concerns, is nothing for patients and other clinics.
         if not call.is_of(*(clinic for clinic, _, _ in clearing.windows)):
             raise NotFound
-        query = (
-            select(ClearingVisit.status, func.count())
-            .where(ClearingVisit.tenant_id == call.tenant_id, ClearingVisit.clearing_id == clearing.id)
-            .group_by(ClearingVisit.status)
+        (shown,) = await _shown(call, [clearing])
+        return shown
+
+    async def ListClearings(self, request: pb.ListClearingsRequest, call: Call) -> pb.ListClearingsResponse:
+        mine = call.caller.group_ids if call.caller.kind == "staff" else ()
+        if not mine:
+            return pb.ListClearingsResponse()
+        wanted = (
+            Rows(Clearing)
+            .overlap(Clearing.clinic_ids, sorted(mine))
+            .overlap(Clearing.clinic_ids, request.clinic_ids)
+            .among(Clearing.practitioner_id, request.practitioner_ids)
+            .among(Clearing.status, enum_names(pb.Clearing.Status, request.statuses))
+            .since(Clearing.last_date, request.date_from or None)
         )
-        counts = {status.name.lower(): count for status, count in (await call.db.execute(query)).tuples()}
-        return to_proto(clearing, pb.Clearing, affected=sum(counts.values()), **counts)
+        rows, following = await call.page(wanted, request, Clearing.create_time, Clearing.id, descending=True)
+        return pb.ListClearingsResponse(clearings=await _shown(call, rows), next_page_token=following)
 
     async def ListClearingVisits(
         self, request: pb.ListClearingVisitsRequest, call: Call
@@ -93,6 +105,19 @@ class ClearingsServicer(ClearingsServiceServicer):
         await clearing_work.accept(call.db, row, visit, hold, call.now)
         await call.db.flush()
         return to_proto(row, pb.ClearingVisit)
+
+
+async def _shown(call: Call, clearings: Sequence[Clearing]) -> list[pb.Clearing]:
+    """Clearings with how many of their visits have which outcome."""
+    query = (
+        select(ClearingVisit.clearing_id, ClearingVisit.status, func.count())
+        .where(ClearingVisit.tenant_id == call.tenant_id, ClearingVisit.clearing_id.in_([one.id for one in clearings]))
+        .group_by(ClearingVisit.clearing_id, ClearingVisit.status)
+    )
+    counts: dict[str, dict[str, int]] = {one.id: {} for one in clearings}
+    for clearing_id, status, count in (await call.db.execute(query)).tuples() if clearings else ():
+        counts[clearing_id][status.name.lower()] = count
+    return [to_proto(one, pb.Clearing, affected=sum(counts[one.id].values()), **counts[one.id]) for one in clearings]
 
 
 async def _schedules(call: Call, practitioner: Practitioner) -> list[Schedule]:

@@ -8,11 +8,11 @@ from care.scheduling.v1 import sessions_pb2 as pb
 from care.scheduling.v1.sessions_pb2_grpc import SessionsServiceServicer
 from sqlalchemy import select
 
-from chassis.call import Call
+from chassis.call import Call, require_etag
 from chassis.errors import AlreadyExists, FailedPrecondition, Invalid, LostRace, NotFound
 from chassis.ids import new_id
 from chassis.reading import Rows
-from chassis.wire import enum_names, given_time, plain, to_proto, to_time
+from chassis.wire import OUTPUT_ONLY, enum_names, given, given_time, plain, to_proto, to_time
 from services.scheduling import booking, occupancy, policies, session
 from services.scheduling.appointment import Appointment, Status
 from services.scheduling.directory import VisitType
@@ -22,6 +22,8 @@ from services.scheduling.scheduling_request import follow_visit, follow_visits
 from services.scheduling.servicer_appointments import is_self_service
 from services.scheduling.session import Session
 
+_CHANGED = ("name", "capacity", "waitlist_size")
+_NOT_GIVEN = OUTPUT_ONLY | {"enrolled", "waiting", "security_labels", "history"}
 _GONE = (Status.CANCELLED, Status.ENTERED_IN_ERROR)
 
 
@@ -93,6 +95,24 @@ class SessionsServicer(SessionsServiceServicer):
             await follow_visit(call.db, appointment, call.now)
             await call.db.flush()
         return to_proto(appointment, appointments_pb2.Appointment)
+
+    async def UpdateSession(self, request: pb.UpdateSessionRequest, call: Call) -> pb.Session:
+        etag, values = require_etag(request.etag), given(request.session, request.update_mask, read_only=_NOT_GIVEN)
+        # Its row is locked, under which seats are counted; nobody who has a seat in hand is waited for.
+        found = await call.get(Session, request.session.id, etag=etag)
+        if not call.is_of(found.clinic_id):
+            raise NotFound
+        found.check_open(call.now)
+        for name, value in values.items():
+            if name not in _CHANGED and value != getattr(found, name):
+                raise Invalid("FIELD_FIXED", f"{name} isn't changed so.", field=f"session.{name}")
+        enrolled, _ = (await session.counts(call.db, call.tenant_id, [found.id])).get(found.id, (0, 0))
+        more = values.get("capacity", found.capacity) > found.capacity
+        found.update(enrolled, **{name: values[name] for name in _CHANGED if name in values})
+        await call.db.flush()
+        if more:
+            await session.promote_all(call.db, found)
+        return await _shown(call, found)
 
     async def RescheduleSession(self, request: pb.RescheduleSessionRequest, call: Call) -> pb.Session:
         found, there = await _whole_session(call, request.id, request.etag)

@@ -60,6 +60,7 @@ class WaitlistServicer(WaitlistServiceServicer):
             Rows(WaitlistEntry)
             .among(WaitlistEntry.patient_id, request.patient_ids)
             .among(WaitlistEntry.visit_type_id, request.visit_type_ids)
+            .overlap_or_none(WaitlistEntry.clinic_ids, request.clinic_ids)
             .among(WaitlistEntry.status, enum_names(pb.WaitlistEntry.Status, request.statuses))
             .among(WaitlistEntry.priority, enum_names(type_pb2.Priority.Code, request.priorities))
         )

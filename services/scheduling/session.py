@@ -10,7 +10,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
-from chassis.errors import AlreadyExists, FailedPrecondition
+from chassis.errors import AlreadyExists, FailedPrecondition, Invalid
 from chassis.lifecycle import Lifecycle
 from chassis.model import Id, Living, status_type
 from services.scheduling import booking, occupancy
@@ -67,6 +67,18 @@ class Session(Living, Base):
         """It takes place then and there instead."""
         self.place(values)
         self.move("reschedule")
+
+    def update(self, enrolled: int, **values: Any) -> None:
+        """Another name, other numbers of seats. Raises Invalid `CAPACITY_INVALID`, FailedPrecondition `SEATS_TAKEN`."""
+        if not values.get("capacity", 1) or not values.get("name", "x").strip():
+            raise Invalid("CAPACITY_INVALID", "A session has a name and at least one seat.", field="session.capacity")
+        if values.get("capacity", enrolled) < enrolled:
+            raise FailedPrecondition(
+                "SEATS_TAKEN", "More seats are taken than there would be.", field="session.capacity"
+            )
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.tell("updated")
 
     def cancel(self, reason_code: str) -> None:
         """It doesn't take place."""
@@ -196,6 +208,23 @@ async def promote(
     return seated
 
 
+async def promote_all(db: AsyncSession, session: Session) -> None:
+    """Give all free seats of a session, whose row is locked, to those on the waitlist who have the time, the first one first.
+
+    Several patients' times are taken in one transaction, so their numbers are locked before the first, by number.
+    """
+    waiting = await participants(db, session.tenant_id, session.id, waiting=True)
+    ids = sorted({one.patient_id for one in waiting})
+    await occupancy.lock(db, sorted([await number(db, session.tenant_id, patient_id) for patient_id in ids]))
+    for one in waiting:
+        free = await seat(db, session)
+        if free is None:
+            return
+        if await take(db, session, one):
+            one.seat(free)
+            await db.flush()
+
+
 _UUID = Uuid(as_uuid=False)
 _COUNTS = text(
     "SELECT session_id, count(seat_no) AS enrolled, count(*) FILTER (WHERE status = 'WAITLIST') AS waiting FROM appointment"
@@ -205,7 +234,10 @@ _COUNTS = text(
 ).columns(session_id=_UUID, enrolled=BigInteger, waiting=BigInteger)  # fmt: skip
 _SEAT = text(
     "SELECT n FROM generate_series(1, :capacity) AS n WHERE NOT EXISTS (SELECT FROM appointment a"
-    " WHERE a.tenant_id = :tenant AND a.session_id = :session AND a.seat_no = n) ORDER BY n LIMIT 1"
+    " WHERE a.tenant_id = :tenant AND a.session_id = :session AND a.seat_no = n)"
+    # Seats above a capacity that was lowered stay whose they are, and count.
+    " AND (SELECT count(seat_no) FROM appointment a WHERE a.tenant_id = :tenant AND a.session_id = :session) < :capacity"
+    " ORDER BY n LIMIT 1"
 ).bindparams(
     bindparam("tenant", type_=_UUID), bindparam("session", type_=_UUID), bindparam("capacity", type_=BigInteger)
 )  # fmt: skip

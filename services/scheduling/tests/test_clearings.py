@@ -313,3 +313,28 @@ async def test_colleagues_of_another_clinic_are_considered_where_the_patient_has
     after = await desk.do("Get", visits[0])
     assert (after.clinic_id, after.practitioner_id) == (elsewhere, colleague)
     assert await desk.overlaps() == []
+
+
+async def test_cleared_days_are_listed_for_the_staff_of_their_clinics(desk, clearer):
+    doctor, day, _ = await a_day(desk, count=2, days=60)
+    first = (await clearer.clear(doctor, day)).clearing
+    await clearer.done(first)
+    second = (await clearer.clear(doctor, day + timedelta(days=1))).clearing
+    await clearer.done(second)
+
+    async def listed(subject="mona", **more):
+        request = pb.ListClearingsRequest(**{"practitioner_ids": [doctor], **more})
+        return await desk.harness.call("scheduling", ClearingsServiceStub, "ListClearings", request, subject)
+
+    found = await listed()
+    assert [one.id for one in found.clearings] == [second.id, first.id]
+    assert found.clearings[1].affected == 2 and found.clearings[1] == await clearer.read(first)
+    page = await listed(page_size=1)
+    assert [one.id for one in (await listed(page_size=1, page_token=page.next_page_token)).clearings] == [first.id]
+    later = (day + timedelta(days=1)).date().isoformat()
+    assert [one.id for one in (await listed(date_from=later)).clearings] == [second.id]
+    assert len((await listed(clinic_ids=[desk.clinic], statuses=["DONE"])).clearings) == 2
+    assert not (await listed(clinic_ids=[new_id()])).clearings and not (await listed(statuses=["RUNNING"])).clearings
+    assert not (await listed("elias")).clearings
+    await desk.harness.staff("pat", ["appointments.read"], kind="PATIENT", principal_id=new_id())
+    assert not (await listed("pat")).clearings

@@ -262,3 +262,54 @@ async def test_other_clinics_staff_lock_nothing_of_a_session_that_isnt_theirs_to
         await connection.execute(text("SELECT 1 FROM appointment WHERE id = :id FOR UPDATE"), {"id": seat.id})
         async with asyncio.timeout(2):
             assert await refused(sessions.ask("CancelSession", cancel, "olga")) == "NOT_FOUND"
+
+
+async def update(sessions, session, subject="tess", etag="", **values):
+    request = pb.UpdateSessionRequest(
+        session={"id": session.id, **values}, update_mask={"paths": list(values)}, etag=etag or session.etag
+    )
+    return await sessions.ask("UpdateSession", request, subject)
+
+
+async def test_more_seats_go_to_who_waits_in_their_order_and_fewer_than_taken_there_are_none(desk, sessions):
+    session = await sessions.make(capacity=1, waitlist=4, start=soon(31))
+    patients = [await desk.a_patient() for _ in range(5)]
+    for patient in patients:
+        await sessions.enroll(session, patient, waitlist=True)
+    await desk.book(patients[1], soon(31), desk.other)  # elsewhere by now
+    session = await sessions.get(session)
+    wider = await update(sessions, session, capacity=3, name="Moving better", waitlist_size=1)
+    assert (wider.enrolled, wider.waiting, wider.capacity, wider.name) == (3, 2, 3, "Moving better")
+    seated = {one.patient_id for one in await sessions.seats(session) if one.status == Status.BOOKED}
+    assert seated == {patients[0], patients[2], patients[3]}
+    assert await refused(update(sessions, session, capacity=4)) == "ETAG_MISMATCH"
+    assert await refused(update(sessions, wider, capacity=2)) == "SEATS_TAKEN"
+    assert await refused(update(sessions, wider, capacity=0)) == "CAPACITY_INVALID"
+    assert await refused(update(sessions, wider, name=" ")) == "CAPACITY_INVALID"
+    assert await refused(update(sessions, wider, clinic_id=new_id())) == "FIELD_FIXED"
+    assert await refused(update(sessions, wider, "elias", capacity=9)) == "PERMISSION_MISSING"
+    assert (await sessions.get(session)).etag == wider.etag
+    # A seat above a number that was lowered counts: seat 3 of 2.
+    for _ in range(2):
+        first = next(one for one in await sessions.seats(session) if one.seat_no == 1)
+        await desk.do("Cancel", first, reason={"code": "pat"})
+    fewer = await update(sessions, await sessions.get(session), capacity=2)
+    assert (fewer.enrolled, fewer.capacity) == (2, 2)
+    assert await refused(sessions.enroll(session, await desk.a_patient())) == "SESSION_FULL"
+    ((_, told),) = [one for one in await desk.told(session, 3, pb.SessionEvent) if one[0] == "session.updated"][:1]
+    assert told.capacity == 3
+
+
+async def test_seats_that_are_added_while_people_join_are_given_once(desk, sessions):
+    session = await sessions.make(capacity=2, waitlist=20, start=soon(33))
+    patients = [await desk.a_patient() for _ in range(12)]
+    for patient in patients[:6]:
+        await sessions.enroll(session, patient, waitlist=True)
+    session = await sessions.get(session)
+    await asyncio.gather(
+        update(sessions, session, capacity=7),
+        *(sessions.enroll(session, patient, waitlist=True) for patient in patients[6:]),
+    )
+    now = await sessions.get(session)
+    assert (now.enrolled, now.waiting) == (7, 5)
+    assert sorted(one.seat_no for one in await sessions.seats(session) if one.seat_no) == list(range(1, 8))

@@ -77,6 +77,11 @@ async def test_a_patient_waits_once_for_a_visit_type(desk):
         (entry.id, Entry.WITHDRAWN),
         (again.id, Entry.WAITING),
     ]
+    for wished, found in (([], True), ([desk.clinic], True), ([new_id()], False)):
+        # Who named no clinic takes any.
+        await desk.sql("UPDATE waitlist_entry SET clinic_ids = :clinics WHERE id = :id", clinics=wished, id=again.id)
+        at_ours = pb.ListWaitlistEntriesRequest(patient_ids=[patient], statuses=["WAITING"], clinic_ids=[desk.clinic])
+        assert bool((await desk.waitlist("ListWaitlistEntries", at_ours)).waitlist_entries) is found
     only = pb.ListWaitlistEntriesRequest(visit_type_ids=[desk.visit], statuses=["WAITING"], page_size=1)
     assert [one.id for one in (await desk.waitlist("ListWaitlistEntries", only)).waitlist_entries] == [again.id]
 
