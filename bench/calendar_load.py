@@ -4,6 +4,7 @@ import asyncio
 import json
 import pickle
 import random
+import re
 import sys
 import tempfile
 import time
@@ -334,7 +335,8 @@ async def _captured(world: CalendarWorld, workload: Workload, server: Server) ->
     fetch = loader._fetch
 
     async def noted(sql: str, together: Any) -> Any:
-        sent.setdefault("reads", []).append((sql, together[0].arguments))
+        if "FROM principal" not in sql:  # who a login is, is kept for two seconds
+            sent.setdefault("reads", []).append((sql, together[0].arguments))
         return await fetch(sql, together)
 
     def executed(connection: Any, _cursor: Any, sql: str, arguments: Any, *_more: Any) -> None:
@@ -374,10 +376,29 @@ async def _limit(
 ) -> tuple[float, float]:
     """(operations per second, PostgreSQL's CPU-ms for each) of sixteen connections that send these statements."""
     if not workload.writes:
-        return await _sent(world, lambda number: captured[number % len(captured)], seconds)
+        since = await _snapshot(world)
+        asked = [[(sql, _since(arguments, since)) for sql, arguments in one] for one in captured]
+        return await _sent(world, lambda number: asked[number % len(asked)], seconds)
     slots = world.slots(int(3000 * seconds))
     retold = _Retold(world, captured[0])
     return await _sent(world, lambda number: retold.of(slots[number]), seconds)
+
+
+async def _snapshot(world: CalendarWorld) -> str:
+    db = await asyncpg.connect(world.urls["whole"].replace("+asyncpg", ""))
+    try:
+        return str(await db.fetchval("SELECT pg_current_snapshot()::text"))
+    finally:
+        await db.close()
+
+
+def _since(arguments: Sequence[Any], snapshot: str) -> list[Any]:
+    """A look since now: since it was captured much was booked, which the service would have seen look by look."""
+    before = next((one for one in arguments if isinstance(one, str) and re.fullmatch(r"\d+:\d+:[\d,]*", one)), None)
+    if before is None:
+        return list(arguments)
+    told = {before: snapshot, int(before.split(":")[0]): int(snapshot.split(":")[0])}
+    return [told.get(one, one) if isinstance(one, str | int) else one for one in arguments]
 
 
 async def _rival_limit(world: CalendarWorld, captured: Sequence[Statements], seconds: float) -> tuple[float, float]:
