@@ -251,7 +251,7 @@ async def about(
         "first_time": datetime.fromtimestamp(first - 2 * DAY, UTC),
         "last_time": datetime.fromtimestamp(last + 2 * DAY, UTC),
         "first": max(first - DAY, 0),
-        "last": last + DAY,
+        "last": max(last, first) + DAY,  # a window that is over ends before it begins
     }
     ((seen, established, busy, started),) = await fetch(_about(sight.condition if sight is not None else None), values)
     if sight is not None:

@@ -74,8 +74,8 @@ class Mirror:
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self.now = 0.0
         """The database's clock at the last look, in seconds of the epoch."""
-        self.version = 0
-        """Of the directory, as the last look found it."""
+        self.version = (0, 0)
+        """Of the directory, as the last look found it: since when its server runs, and the sum of all versions."""
 
     @property
     def edge(self) -> int:
@@ -99,13 +99,16 @@ class Mirror:
             self._forget()
         since = self._snapshot
         values = {"tenant": tenant_id, "since": since, "oldest": _oldest(since), "entries": len(self._entries)}
-        (_, clock, version, _, _, now, snapshot), *rows = await fetch(_LOOK, values)
+        (_, many, version, server, _, now, snapshot), *rows = await fetch(_LOOK, values)
         ranges: dict[tuple[Any, int, int], list[tuple[int, int, float]]] = {}
         for ref_id, first, last, start, end, expires, _ in rows:
             found = ranges.setdefault((ref_id, first, last), [])
             if start is not None:
                 found.append((start, end, expires or 0.0))
-        if clock or _newest(snapshot) < _newest(since):  # too much has changed; or it is another server's past
+        # Another server may not have all that this one had, and numbers its transactions on from there. What has changed is
+        # forgotten by the database's clock, which may have gone on while this process, and its own clock, stood still.
+        lost = server != self.version[0] or _newest(snapshot) < _newest(since) or now - self.now > _FORGOTTEN_AFTER
+        if many or lost:
             self._forget()
         else:
             for (ref_id, first, last), found in ranges.items():
@@ -113,7 +116,7 @@ class Mirror:
                 if entry is not None:
                     entry.replace(first, last, found)
         self._snapshot, self._looked, self._done = snapshot, began, number
-        self.now, self.version = float(now), int(version)
+        self.now, self.version = float(now), (int(server), int(version))
 
     def _forget(self) -> None:
         self._entries.clear()
@@ -224,8 +227,9 @@ _CHANGED = (
 _LOOK = text(
     f"WITH changed AS MATERIALIZED ({_CHANGED})"
     " SELECT NULL::uuid AS ref_id,"
-    f" (SELECT count(*) / {_CHANGES_AT_MOST + 1} FROM changed) AS first, {VERSION} AS last, NULL::bigint AS start,"
-    " NULL::bigint AS finish, extract(epoch FROM clock_timestamp())::float8 AS expires,"
+    f" (SELECT count(*) / {_CHANGES_AT_MOST + 1} FROM changed) AS first, {VERSION} AS last,"
+    " (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint AS start, NULL::bigint AS finish,"
+    " extract(epoch FROM clock_timestamp())::float8 AS expires,"
     " pg_current_snapshot()::text AS snapshot"
     " UNION ALL"
     " SELECT b.ref_id, c.first, c.last, o.start, o.finish, o.expires, NULL"

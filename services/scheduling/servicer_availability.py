@@ -88,7 +88,7 @@ class AvailabilityViewsServicer(AvailabilityViewsServiceServicer):
         start, end = window(_given(request, "start_time"), _given(request, "end_time"), now, _PANEL_DAYS_AT_MOST)
         looking: list[Looking] = []
         steps: list[Step] = []
-        last, ineligible = end, set()
+        last, ineligible = max(start, end), set()  # a window that is over ends before it begins
         for number, asked in enumerate(request.steps):
             widest = 60 * (asked.maximum_gap_minutes or _GAP_AT_MOST)
             if 60 * asked.minimum_gap_minutes > widest:

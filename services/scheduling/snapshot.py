@@ -1,9 +1,11 @@
 """A tenant's directory as a search needs it: read once, kept in the process, and read again when anything in it changed.
 
 Whether it did, the look that brings the calendar up to date says, too: the sum of all versions. A version only rises and
-no entry is ever deleted, so that each change makes the sum greater, and two states with one sum are the same state.
+no entry is ever deleted, so that each change makes the sum greater, and two states of one server with one sum are the
+same state.
 """
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +75,7 @@ class Directory:
     """By clinic and practitioner."""
     rooms: Mapping[str, Sequence[Room]]
     """By clinic."""
-    version: int = 0
+    version: tuple[int, int] = (0, 0)
     ranges: dict[Any, list[Interval]] = field(default_factory=dict)
     """When roles are in force, worked out once."""
     fitting: dict[Any, list[Seat]] = field(default_factory=dict)
@@ -107,6 +109,7 @@ class _Kept:
 
     mirror: Mirror = field(default_factory=Mirror)
     directory: Directory | None = None
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Directories:
@@ -127,11 +130,16 @@ class Directories:
         while len(tenants) > _TENANTS_AT_MOST:
             tenants.popitem(last=False)
         await kept.mirror.look(fetch, tenant_id)
-        version, found = kept.mirror.version, kept.directory
-        if found is None or found.version != version:
-            found = kept.directory = await read(session(), tenant_id)
-            # What was read may be newer already; then the next one sees another sum and reads again.
-            found.version = version
+        found = kept.directory
+        if found is None or found.version != kept.mirror.version:
+            # One for all: each keeps a place at the database until its call ends, and all of them, waiting for the calendar,
+            # would leave none to whoever looks at it.
+            async with kept.reading:
+                version, found = kept.mirror.version, kept.directory
+                if found is None or found.version != version:
+                    found = kept.directory = await read(session(), tenant_id)
+                    # What was read may be newer already; then the next one sees another sum and reads again.
+                    found.version = version
         return found, kept.mirror
 
 

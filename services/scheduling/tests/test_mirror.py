@@ -15,7 +15,7 @@ from care.scheduling.v1.availability_views_pb2_grpc import AvailabilityViewsServ
 from sqlalchemy import event
 
 from chassis.errors import Problem
-from services.scheduling import mirror
+from services.scheduling import mirror, service
 from services.scheduling.finding import Search, free_slots
 from services.scheduling.service import SERVICE
 from services.scheduling.tests.desk import refused, soon
@@ -167,6 +167,57 @@ async def test_a_copy_is_made_anew_where_too_much_has_changed_or_too_long_ago(de
         doctor=doctor,
     )
     assert len((await other.search(**window)).slots) == free - 5
+
+
+async def test_another_servers_copy_is_thrown_away_though_its_transactions_have_numbers_that_were_seen(desk):
+    """After a failover to a server that lags behind, a snapshot of the one before calls seen what nobody has seen."""
+    doctor = await desk.a_practitioner("Failed over")
+    start = soon(days=10, hour=9)
+    window = {"start_time": start, "end_time": start + timedelta(hours=2), "practitioner_ids": [doctor]}
+    before = starts(await desk.search(**window))
+    copy = service._directories._kept[desk.database][desk.harness.tenant_id].mirror
+    seen = int(copy._snapshot.split(":")[1]) + 100  # the server before was so many ahead
+    copy._snapshot, (server, version) = f"{seen}:{seen}:", copy.version
+    copy.version = (server - 1, version)
+    await desk.book(await desk.a_patient(), start, doctor)
+    while (await desk.sql("SELECT pg_current_xact_id()::text::bigint"))[0][0] <= seen:
+        pass
+    assert starts(await desk.search(**window)) == [one for one in before if one[0] >= start.timestamp() + 1800]
+
+
+async def test_a_copy_is_made_anew_where_only_the_databases_clock_says_that_it_is_old(desk):
+    """The process stood still, its clock too, or the database's one was put forward: what has changed may be forgotten."""
+    doctor = await desk.a_practitioner("Stopped")
+    start = soon(days=10, hour=9)
+    window = {"start_time": start, "end_time": start + timedelta(hours=2), "practitioner_ids": [doctor]}
+    before = starts(await desk.search(**window))
+    copy = service._directories._kept[desk.database][desk.harness.tenant_id].mirror
+    await desk.book(await desk.a_patient(), start, doctor)
+    await desk.sql("DELETE FROM occupancy_change")
+    copy.now -= 1800
+    assert starts(await desk.search(**window)) == [one for one in before if one[0] >= start.timestamp() + 1800]
+
+
+async def test_a_directory_that_has_changed_is_read_once_for_all_who_search(desk):
+    """Each that reads it keeps a place at the database and may wait for the calendar then: all places would wait for one."""
+    window = {"start_time": soon(days=10, hour=9), "end_time": soon(days=10, hour=12)}
+    await desk.search(**window)
+    await desk.a_practitioner("Read once")
+    with Sent(desk.database) as sent:
+        await asyncio.gather(*(desk.search(**window) for _ in range(20)))
+    assert len([one for one in sent.statements if "FROM schedule" in one and "sum(" not in one]) == 1
+
+
+async def test_a_window_that_is_over_is_empty_for_a_patient_with_visits_too(desk):
+    doctor, patient = await desk.a_practitioner("Over"), await desk.a_patient()
+    await desk.book(patient, soon(days=10, hour=9), doctor)
+    begin = soon(days=-10)
+    over = {"start_time": begin, "end_time": begin + timedelta(days=3), "patient_id": patient}
+    assert not (await desk.search(**over)).slots
+    assert not (await desk.count(**over)).days
+    step = {"visit_type_id": desk.visit}
+    del over["patient_id"]
+    assert not (await desk.panel(step, step, patient_id=patient, **over)).panels
 
 
 async def test_no_search_shows_what_was_acknowledged_before_it_began_at_another_replica(desk, other):
