@@ -28,16 +28,16 @@ from services.scheduling.occupancy import LANES, PACKED
 from services.scheduling.offers import Place
 
 _DAY_MINUTES = 24 * 60
+_FIRST_YEAR, _LAST_YEAR = 1001, 2999  # by any clock an instant that the API takes
 
 
 def start_of(instant: datetime | None, local: str, zone: str) -> datetime:
     """When a visit begins (UTC). Raises Invalid `START_INVALID`."""
     if (instant is None) == (not local):
         raise Invalid("START_INVALID", "Give start_time or local_start_time.", field="start_time")
-    start = instant if instant is not None else _by_clock(local, zone, "START_INVALID", "local_start_time")
-    if start.microsecond:
-        raise Invalid("START_INVALID", "A start is a whole second.", field="start_time")
-    return start
+    field = "start_time" if instant is not None else "local_start_time"
+    start = instant if instant is not None else _by_clock(local, zone, "START_INVALID", field)
+    return occupancy.startable(start, field)
 
 
 def minutes_of(start: datetime, end: datetime | None, local_end: str, minutes: int, usual: int, zone: str) -> int:
@@ -69,6 +69,8 @@ def status_of(status: str, end: datetime, now: datetime) -> Status:
 def _by_clock(local: str, zone: str, reason: str, field: str) -> datetime:
     try:
         wall = datetime.fromisoformat(local)
+        if not _FIRST_YEAR <= wall.year <= _LAST_YEAR:
+            raise ValueError
     except ValueError:
         raise Invalid(reason, "There is no such day or time of day.", field=field) from None
     return at_local(wall.date(), wall.time(), zone)

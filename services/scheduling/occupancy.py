@@ -44,6 +44,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 from sqlalchemy.sql.elements import TextClause
 
+from chassis.errors import Invalid
 from chassis.model import Id
 from chassis.tables import QUEUE_STORAGE
 from services.scheduling.directory import Base
@@ -53,6 +54,17 @@ LANES = 4
 _LAST_NO = (1 << 29) - 2
 PACKED = "((({no}) << 34) + ((({lane})::bigint) << 32))"
 """SQL of the packed value at which a resource's lane begins: second 0 of 1970."""
+_SECONDS = 1 << 32  # of a lane: until 2106
+
+
+def startable(start: datetime, field: str = "start_time") -> datetime:
+    """A start that the calendar can hold, whatever its length. Raises Invalid `START_INVALID`."""
+    # Within a second it would be another one to the calendar than to the reader.
+    if start.microsecond:
+        raise Invalid("START_INVALID", "A start is a whole second.", field=field)
+    if start.timestamp() >= _SECONDS - 3 * 86_400:
+        raise Invalid("START_INVALID", "A start is before 2106.", field=field)
+    return start
 
 
 class Bookable(Base):
@@ -77,7 +89,7 @@ class Occupancy(Base):
             f"no BETWEEN 1 AND {_LAST_NO} AND lane BETWEEN 0 AND {LANES - 1} AND NOT isempty(during)"
             " AND NOT lower_inf(during) AND NOT upper_inf(during)"
             f" AND lower(during) >= {PACKED.format(no='no', lane='lane')}"
-            f" AND upper(during) <= {PACKED.format(no='no', lane='lane')} + 4294967296",
+            f" AND upper(during) <= {PACKED.format(no='no', lane='lane')} + {_SECONDS}",
             name="within",
         ),
     )

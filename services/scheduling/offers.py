@@ -1,9 +1,11 @@
 """Offers of free slots: small values that a client carries between a search and a booking, signed by the servicer."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from chassis.errors import FailedPrecondition, Invalid
+from services.scheduling.occupancy import startable
 
 
 class Place(NamedTuple):
@@ -24,11 +26,15 @@ def written(tenant_id: str, place: Place, expires: int) -> list[Any]:
 
 
 def read(opened: Any, tenant_id: str, now: int) -> Place:
-    """The place that an opened token offers. Raises Invalid `OFFER_INVALID`, FailedPrecondition `OFFER_EXPIRED`."""
+    """The place that an opened token offers.
+
+    Raises Invalid `OFFER_INVALID`, `START_INVALID`; FailedPrecondition `OFFER_EXPIRED`.
+    """
     # One of the release before says nothing of an interpreter.
     if not isinstance(opened, Sequence) or len(opened) not in (7, 8) or opened[0] != tenant_id:
         raise Invalid("OFFER_INVALID", "This is no offer of ours; search again.", field="offer_token")
     _, expires, visit_type_id, clinic_id, practitioner_id, start, resource_ids, *language = opened
     if now >= expires:
         raise FailedPrecondition("OFFER_EXPIRED", "The offer is too old; search again.")
+    startable(datetime.fromtimestamp(start, UTC), "offer_token")
     return Place(visit_type_id, clinic_id, practitioner_id, start, tuple(resource_ids), *language)

@@ -250,11 +250,10 @@ def _named(request: Wanting, visit_type_id: str, now: Appointment | None = None)
         start = now.start_time
     else:
         raise Invalid("PLACE_MISSING", "Without offer_token, start_time is needed.", field="start_time")
-    # A start within a second would be another one to the calendar than to the reader.
-    if start.microsecond:
-        raise Invalid("START_INVALID", "A start is a whole second.", field="start_time")
     return Place(
-        **place, start=int(start.timestamp()), interpreter_language=getattr(request, "interpreter_language", "")
+        **place,
+        start=int(occupancy.startable(start).timestamp()),
+        interpreter_language=getattr(request, "interpreter_language", ""),
     )
 
 

@@ -97,6 +97,12 @@ def calendar_command(
     if not token:
         errors.print(UNSIGNED)
         raise typer.Exit(2)
+    if report_file is not None:
+        try:
+            report_file.open("a").close()
+        except OSError as error:  # else all would be in, and nobody could read what became of it
+            errors.print(f"{report_file}: {error.strerror}", markup=False, soft_wrap=True)
+            raise typer.Exit(2) from None
     reading = Reading(source, _pairs(column, errors), _pairs(values, errors), _day(until))
     report = VisitsReport()
     stamina.instrumentation.set_on_retry_hooks([])

@@ -25,7 +25,7 @@ from rich.progress import Progress
 from system.importing.bundles import NPI, SYNTHEA, Json, Key
 from system.importing.client import GatewayClient, Refused, Stopped
 from system.importing.load import same
-from system.importing.visits_file import OWN_ID, FileBroken
+from system.importing.visits_file import NUMBER, OWN_ID, FileBroken
 
 _NEEDED = ("practitioner", "clinic", "weekday", "from", "to")
 _COLUMNS = (
@@ -142,7 +142,7 @@ def _block(line: int, row: Mapping[str, str]) -> Block:
     if row.get("staff_only", "").lower() == "yes":
         hours["staffOnly"] = True
     if held := row.get("release_hours", ""):
-        if not (held.isascii() and held.isdecimal() and int(held) <= 8760):
+        if not (NUMBER.fullmatch(held) and int(held) <= 8760):
             raise ValueError("release_hours: write a number of hours up to 8760")
         hours["releaseHours"] = int(held)
     return Block(

@@ -14,8 +14,10 @@ single visits that were moved or cancelled are kept to. A rule without an end go
 Skipped local times move forward by the gap, repeated ones mean the first. Nothing of a row is in any error.
 """
 
+import contextlib
 import csv
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
@@ -52,6 +54,8 @@ _STATUSES = {
 }  # fmt: skip
 _LONGEST_LINE = 1 << 20
 _DAY_MINUTES = 24 * 60
+NUMBER = re.compile(r"0{0,9}[0-9]{1,4}")
+"""What may be read as a whole number; Python refuses thousands of digits."""
 
 
 class FileBroken(Exception):
@@ -185,7 +189,7 @@ def _csv_times(said: Mapping[str, str]) -> Json:
         found |= _time("end", said["end"], zone)
     if said["duration_minutes"]:
         minutes = said["duration_minutes"]
-        if not (minutes.isascii() and minutes.isdecimal() and 0 < int(minutes) <= _DAY_MINUTES):
+        if not (NUMBER.fullmatch(minutes) and 0 < int(minutes) <= _DAY_MINUTES):
             raise _Bad("END_INVALID", "duration_minutes", "has a duration that is no number of minutes up to a day")
         found["durationMinutes"] = int(minutes)
     return found
@@ -199,7 +203,10 @@ def _time(name: str, text: str, zone: str) -> Json:
     if wall is None or len(text.strip()) < len("2026-03-02T09:00"):
         raise _Bad(f"{name.upper()}_INVALID", name, f"has a {name} that isn't written as 2026-03-02 09:00")
     if wall.tzinfo is None and zone:
-        wall = at_local(wall.date(), wall.time(), zone)
+        try:
+            wall = at_local(wall.date(), wall.time(), zone)
+        except OverflowError:
+            raise _beyond(name) from None
     return _sent(name, wall)
 
 
@@ -218,7 +225,19 @@ def _sent(name: str, when: datetime) -> Json:
     if when.tzinfo is None:
         return {f"local{name.capitalize()}Time": f"{when:%Y-%m-%dT%H:%M:%S}"}
     # The first of a repeated time; a skipped one moves on.
-    return {f"{name}Time": f"{when.replace(fold=0).astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+    return {f"{name}Time": f"{_utc(when.replace(fold=0), name):%Y-%m-%dT%H:%M:%SZ}"}
+
+
+def _utc(when: datetime, name: str) -> datetime:
+    try:
+        return when.astimezone(UTC)
+    except OverflowError:
+        raise _beyond(name) from None
+
+
+def _beyond(name: str) -> _Bad:
+    """What exports write for "never": 0001-01-01, 9999-12-31."""
+    return _Bad(f"{name.upper()}_INVALID", name, f"has a {name} beyond the calendar")
 
 
 # -- iCalendar ---------------------------------------------------------------------------------------------------------
@@ -241,8 +260,9 @@ def _read_ics(path: Path, file: TextIO, reading: Reading) -> Iterator[VisitRow]:
             _learn_zone(path, line, block)
         elif "\nRECURRENCE-ID" in block.upper():
             item = _parsed(block)
-            if item is not None and (key := _key_of(item)):
-                whole.single.setdefault(str(item.get("UID", "")), set()).add(key)
+            with contextlib.suppress(_Bad):  # said when its visits are read
+                if item is not None and (key := _key_of(item)):
+                    whole.single.setdefault(str(item.get("UID", "")), set()).add(key)
     if not whole.items:
         raise FileBroken(f"{path.name}: holds no VEVENT")
     file.seek(0)
@@ -360,7 +380,7 @@ def _recurring(
     record = _record(said, reading)
     if length:
         record["durationMinutes"] = _minutes(length)
-    left_out = whole.single.get(said["identifier"], set()) | _exceptions(item)
+    left_out = whole.single.get(said["identifier"], set()) | _exceptions(item, start)
     for number, wall in enumerate(walls, 1):
         when = wall.replace(tzinfo=start.tzinfo)
         key = _key(when)
@@ -386,28 +406,38 @@ def _when(item: Any) -> tuple[datetime, timedelta, datetime | None]:
         if (end.tzinfo is None) != (start.tzinfo is None):
             raise _Bad("END_INVALID", "DTEND", "has an end of another kind of time than its start")
         return start, _span(start, end), end
-    length = item["DURATION"].dt if "DURATION" in item else timedelta(0)
+    length = _dt(item["DURATION"], "DURATION", "END_INVALID") if "DURATION" in item else timedelta(0)
+    if not isinstance(length, timedelta):
+        raise _Bad("END_INVALID", "DURATION", "has a DURATION that is none")
     return start, length, None
 
 
 def _span(start: datetime, end: datetime) -> timedelta:
     if start.tzinfo is None:
         return end - start
-    return end.astimezone(UTC) - start.astimezone(UTC)
+    return _utc(end, "end") - _utc(start, "start")
 
 
 def _instant(item: Any, name: str, what: str) -> datetime | None:
     value = item.get(name)
     if value is None:
         return None
-    if isinstance(value, list):
-        raise _Bad(f"{what.upper()}_INVALID", name, f"has several of {name}")
-    when = value.dt
+    when = _dt(value, name, f"{what.upper()}_INVALID")
     if not isinstance(when, datetime):
         raise _Bad(f"{what.upper()}_INVALID", name, "is about whole days: that is no visit")
     if when.tzinfo is None and "TZID" in value.params:
         raise _Bad("TIME_ZONE_UNKNOWN", name, "names a time zone that neither IANA nor the file describes")
     return when.replace(fold=0)
+
+
+def _dt(value: Any, name: str, reason: str) -> Any:
+    """What a property holds: a time, a day, a length, as its kind says."""
+    if isinstance(value, list):
+        raise _Bad(reason, name, f"has several of {name}")
+    try:
+        return value.dt
+    except (AttributeError, ValueError):  # of another kind, or not to be read
+        raise _Bad(reason, name, f"has a {name} that is none") from None
 
 
 def _minutes(length: timedelta) -> int:
@@ -417,22 +447,29 @@ def _minutes(length: timedelta) -> int:
     return whole
 
 
-def _exceptions(item: Any) -> set[str]:
+def _exceptions(item: Any, start: datetime) -> set[str]:
     found = item.get("EXDATE")
     lists = found if isinstance(found, list) else [found] if found is not None else []
-    return {_key(one.dt) for each in lists for one in each.dts if isinstance(one.dt, datetime)}
+    times = [one.dt for each in lists for one in each.dts]
+    if not all(isinstance(one, datetime) and (one.tzinfo is None) == (start.tzinfo is None) for one in times):
+        # It would fit no visit, and the one that was called off would be taken over.
+        raise _Bad("RULE_INVALID", "EXDATE", "has an EXDATE of another kind of time than its start")
+    return {_key(one) for one in times}
 
 
 def _key_of(item: Any) -> str:
     value = item.get("RECURRENCE-ID")
-    return _key(value.dt) if value is not None and isinstance(value.dt, datetime) else ""
+    when = None if value is None else _dt(value, "RECURRENCE-ID", "ITEM_INVALID")
+    if when is not None and not isinstance(when, datetime):
+        raise _Bad("ITEM_INVALID", "RECURRENCE-ID", "names a visit of its rule by a day; name it by its time")
+    return _key(when) if when is not None else ""
 
 
 def _key(when: datetime) -> str:
     """Which visit of a rule: by its instant, however it is written, or by the clinic's clock."""
     if when.tzinfo is None:
         return f"{when:%Y%m%dT%H%M%S}"
-    return f"{when.replace(fold=0).astimezone(UTC):%Y%m%dT%H%M%SZ}"
+    return f"{_utc(when.replace(fold=0), 'start'):%Y%m%dT%H%M%SZ}"
 
 
 def _one(item: Any, name: str) -> str:

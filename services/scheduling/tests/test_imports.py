@@ -166,6 +166,27 @@ async def test_what_lies_outside_of_hours_is_imported_and_said_to(desk, ines):
     assert brought.outcome == OUTCOME.IMPORTED and brought.outside_hours
 
 
+async def test_a_time_beyond_the_calendar_is_refused_in_a_dry_run_too(desk, ines):
+    """Placeholders such as 0001-01-01 and 9999-12-31 stand in real exports; nothing can be taken after 2105."""
+    patient = await desk.a_patient()
+    for local in ("0001-01-01T00:00", "0999-06-01T09:00", "3000-01-01T00:00", "9999-12-31T23:59:59"):
+        for status in ("BOOKED", "FULFILLED", "CANCELLED"):
+            wrong = ines(patient, local_start_time=local, status=status)
+            assert await problem_of(wrong) == ("START_INVALID", "local_start_time")
+    for local in ("2106-02-07T06:28", "2106-02-06T12:00", "2110-01-05T09:00"):
+        for dry in (False, True):
+            wrong = ines(patient, local_start_time=local, validate_only=dry)
+            assert await problem_of(wrong) == ("START_INVALID", "local_start_time")
+    ends = ines(patient, soon(9, 3), local_end_time="9999-12-31T23:59:59")
+    assert await problem_of(ends) == ("END_INVALID", "local_end_time")
+    far = await ines(patient, local_start_time="2105-12-31T09:00", status="CANCELLED")
+    assert far.outcome == OUTCOME.IMPORTED
+    beyond = datetime(2110, 1, 6, 15, tzinfo=UTC)
+    assert await refused(desk.book(patient, beyond)) == "START_INVALID"
+    found = await desk.search(start_time=beyond, end_time=beyond + timedelta(days=3))
+    assert await refused(desk.hold(patient, found.slots[0])) == "START_INVALID"
+
+
 async def test_the_past_is_history_and_starts_nothing(desk, ines):
     """A survey about a visit of last year, a task for a no-show of 2024: history must not set off what news does."""
     past = datetime(2024, 5, 6, 14, 0, tzinfo=UTC)

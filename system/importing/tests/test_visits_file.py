@@ -163,6 +163,50 @@ def test_items_that_are_no_visits_are_refused_by_the_line_where_they_begin(tmp_p
     assert [row.line for row in rows[:3]] == [4, 8, 12]
 
 
+@pytest.mark.parametrize(
+    ("cells", "reason", "field"),
+    [
+        ("0001-01-01T00:00+14:00,,", "START_INVALID", "start"),
+        ("9999-12-31T23:59-10:00,,", "START_INVALID", "start"),
+        ("2027-03-02 09:00,9999-12-31 23:59,", "END_INVALID", "end"),
+        ("2027-03-02 09:00,," + "9" * 5000, "END_INVALID", "duration_minutes"),
+    ],
+)
+def test_a_line_of_never_or_of_no_number_is_refused_and_the_next_is_read(
+    tmp_path: Path, cells: str, reason: str, field: str
+) -> None:
+    """Exports write 0001-01-01 or 9999-12-31 for what they don't know: one such line ended the whole run."""
+    header = "identifier,patient,practitioner,clinic,visit_type,start,end,duration_minutes\n"
+    after = "A2,7,5,main,follow-up,2027-03-02 09:00,,\n"
+    text = f"{header}A1,7,5,main,follow-up,{cells}\n{after}"
+    rows = from_csv(tmp_path, text, values={"time_zone": "America/New_York"})
+    assert whys(rows) == [(2, reason, field)] and rows[1].refusal is None
+
+
+@pytest.mark.parametrize(
+    ("item", "reason", "field"),
+    [
+        ("DTSTART:20270301T090000Z\nDURATION:PT1H\nDURATION:PT2H", "END_INVALID", "DURATION"),
+        ("DTSTART:20270301T090000Z\nDURATION;VALUE=TEXT:PT1H", "END_INVALID", "DURATION"),
+        ("DTSTART:20270301T090000Z\nDURATION;VALUE=DATE-TIME:20270301T090000Z", "END_INVALID", "DURATION"),
+        ("DTSTART;VALUE=TEXT:soon", "START_INVALID", "DTSTART"),
+        ("DTSTART;TZID=Asia/Tokyo:00010101T000000", "START_INVALID", "start"),
+        ("DTSTART;TZID=America/New_York:20270301T090000\nDTEND;TZID=America/New_York:99991231T235959", "END_INVALID", "end"),
+        ("DTSTART:20270301T090000Z\nRECURRENCE-ID:soon", "ITEM_INVALID", ""),
+        ("DTSTART:20270301T090000Z\nRECURRENCE-ID;VALUE=DATE:20270301", "ITEM_INVALID", "RECURRENCE-ID"),
+        ("DTSTART:20270301T090000Z\nRECURRENCE-ID:20270301T090000Z\nRECURRENCE-ID:20270302T090000Z", "ITEM_INVALID", "RECURRENCE-ID"),
+        ("DTSTART:20270301T090000Z\nRRULE:FREQ=DAILY;COUNT=3\nEXDATE;VALUE=DATE:20270302", "RULE_INVALID", "EXDATE"),
+        ("DTSTART:20270301T090000Z\nRRULE:FREQ=DAILY;COUNT=3\nEXDATE:20270302T090000", "RULE_INVALID", "EXDATE"),
+    ],
+)  # fmt: skip
+def test_an_item_whose_times_mean_nothing_is_refused_and_the_next_is_read(
+    tmp_path: Path, item: str, reason: str, field: str
+) -> None:
+    """A day in place of a time fits no visit of a rule: what was called off there would have been booked here."""
+    rows = from_ics(tmp_path, item, "DTSTART:20270401T090000Z")
+    assert whys(rows) == [(4, reason, field)] and rows[1].refusal is None
+
+
 def test_a_rule_stands_for_each_of_its_visits_by_the_local_clock(tmp_path: Path) -> None:
     """Over the clock change 09:00 stays 09:00; what was moved, cancelled or left out isn't there twice."""
     rows = from_ics(

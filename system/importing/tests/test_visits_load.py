@@ -135,5 +135,12 @@ def test_the_command_says_what_it_needs(tmp_path: Path) -> None:
     assert "identifier, patient" in run.invoke(app, [*given, "--column", "mrn=x"]).output
     assert "No such file" in run.invoke(app, given).output
     assert run.invoke(app, [*given, "--past", "arrived"]).exit_code == 2
+    # Before anything is sent: it was found out when all was in, and what had become of it was lost.
+    there = tmp_path / "x.csv"
+    there.write_text("identifier\n")
+    nowhere = run.invoke(
+        app, ["import", "calendar", str(there), *given[3:], "--report", str(tmp_path / "no" / "r.csv")]
+    )
+    assert (nowhere.exit_code, "No such file" in nowhere.output) == (2, True)
     assert "--clinics" in run.invoke(app, ["import", "bundles", "--help"]).output
     assert "--clinics" in run.invoke(app, ["import"]).output  # short for bundles
