@@ -1,7 +1,6 @@
 """Group sessions over gRPC."""
 
 from collections.abc import Sequence
-from datetime import datetime
 
 from care.scheduling.v1 import appointments_pb2
 from care.scheduling.v1 import sessions_pb2 as pb
@@ -33,7 +32,7 @@ class SessionsServicer(SessionsServiceServicer):
     async def CreateSession(self, request: pb.CreateSessionRequest, call: Call) -> pb.Session:
         if not call.is_of(request.clinic_id):
             raise Invalid("CLINIC_UNKNOWN", "You work at no such clinic.", field="clinic_id")
-        start = _whole(to_time(request.start_time))
+        start = occupancy.startable(to_time(request.start_time))
         place = Place(request.visit_type_id, request.clinic_id, request.practitioner_id, int(start.timestamp()))
         made = Session(
             tenant_id=call.tenant_id, id=new_id(), name=request.name, capacity=request.capacity,
@@ -111,12 +110,12 @@ class SessionsServicer(SessionsServiceServicer):
         found.update(enrolled, **{name: values[name] for name in _CHANGED if name in values})
         await call.db.flush()
         if more:
-            await session.promote_all(call.db, found)
+            await follow_visits(call.db, await session.promote_all(call.db, found, call.now), call.now)
         return await _shown(call, found)
 
     async def RescheduleSession(self, request: pb.RescheduleSessionRequest, call: Call) -> pb.Session:
         found, there = await _whole_session(call, request.id, request.etag)
-        start = _whole(to_time(request.start_time)) if request.HasField("start_time") else found.start_time
+        start = occupancy.startable(to_time(request.start_time)) if request.HasField("start_time") else found.start_time
         place = Place(
             found.visit_type_id, found.clinic_id, request.practitioner_id or found.practitioner_id, int(start.timestamp())
         )  # fmt: skip
@@ -230,9 +229,3 @@ async def _names(call: Call, rows: Sequence[Session]) -> dict[str, str]:
     )
     discreet = dict((await call.db.execute(kinds)).tuples().all()) if hidden else {}
     return {one.id: named.get(one.id, discreet.get(one.visit_type_id, "")) for one in rows}
-
-
-def _whole(start: datetime) -> datetime:
-    if start.microsecond:
-        raise Invalid("START_INVALID", "A start is a whole second.", field="start_time")
-    return start

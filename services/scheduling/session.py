@@ -195,8 +195,7 @@ async def promote(
     for session in (await db.execute(query)).scalars().all():
         if session.status is not SessionStatus.SCHEDULED or session.start_time <= now:
             continue
-        held = await terms(db, tenant_id, session.visit_type_id, session.clinic_id)
-        if session.start_time - held.rules.lockout <= now:
+        if await _too_late(db, session, now):
             continue
         free = await seat(db, session)
         for waiting in await participants(db, tenant_id, session.id, waiting=True) if free is not None else ():
@@ -208,21 +207,31 @@ async def promote(
     return seated
 
 
-async def promote_all(db: AsyncSession, session: Session) -> None:
-    """Give all free seats of a session, whose row is locked, to those on the waitlist who have the time, the first one first.
+async def promote_all(db: AsyncSession, session: Session, now: datetime) -> list[Appointment]:
+    """As `promote`, all free seats of a session whose row is locked, the first one on the waitlist first.
 
     Several patients' times are taken in one transaction, so their numbers are locked before the first, by number.
     """
+    seated: list[Appointment] = []
+    if await _too_late(db, session, now):
+        return seated
     waiting = await participants(db, session.tenant_id, session.id, waiting=True)
     ids = sorted({one.patient_id for one in waiting})
     await occupancy.lock(db, sorted([await number(db, session.tenant_id, patient_id) for patient_id in ids]))
     for one in waiting:
         free = await seat(db, session)
         if free is None:
-            return
+            break
         if await take(db, session, one):
             one.seat(free)
             await db.flush()
+            seated.append(one)
+    return seated
+
+
+async def _too_late(db: AsyncSession, session: Session, now: datetime) -> bool:
+    held = await terms(db, session.tenant_id, session.visit_type_id, session.clinic_id)
+    return session.start_time - held.rules.lockout <= now
 
 
 _UUID = Uuid(as_uuid=False)

@@ -221,8 +221,11 @@ async def test_a_seat_answers_the_request_for_a_visit_also_when_it_is_had_by_mov
     assert (await stands(one), await stands(other)) == ("BOOKED", "OPEN")
     await desk.do("Cancel", seat, reason={"code": "pat"})
     assert (await stands(one), await stands(other)) == ("OPEN", "BOOKED")
+    asked, _ = await wait_for(await desk.a_patient())
+    session = await update(sessions, await sessions.get(session), capacity=2)
+    assert (session.enrolled, await stands(asked)) == (2, "BOOKED")
     await sessions.ask("CancelSession", pb.CancelSessionRequest(id=session.id, reason={"code": "prov"}))
-    assert await stands(other) == "OPEN"
+    assert (await stands(other), await stands(asked)) == ("OPEN", "OPEN")
 
 
 async def test_what_a_session_is_called_is_for_who_takes_part_and_for_staff_who_may_know(desk, sessions):
