@@ -16,6 +16,7 @@ from services.scheduling.finding import DAYS_AT_MOST
 from services.scheduling.waitlist import OPEN, OpenedHours, WaitlistEntry
 
 _NO_TYPE = "00000000-0000-0000-0000-000000000000"
+_GAP = timedelta(days=31)
 Seat = tuple[str, str]
 """A practitioner at a clinic."""
 
@@ -64,9 +65,10 @@ class Hours:
             by_seat.setdefault((seat, str(one.visit_type_id)), []).append(one)
         left: list[B] = []
         for (seat, visit_type_id), group in by_seat.items():
-            first, last = _reach(group)
-            opened = self.opened(seat, first, last, visit_type_id)
-            left += [one for one in group if not (_holds(opened, one) and self._resources_hold(one))]
+            for near in _near(group):
+                first, last = _reach(near)
+                opened = self.opened(seat, first, last, visit_type_id)
+                left += [one for one in near if not (_holds(opened, one) and self._resources_hold(one))]
         return left
 
     def _resources_hold(self, one: Booked) -> bool:
@@ -244,6 +246,16 @@ class Stranding:
 
 def _resources(one: Booked) -> list[str]:
     return [str(each["actor"]["id"]) for each in one.participants or () if each["actor"]["type"] == "Resource"]
+
+
+def _near(bookings: Sequence[B]) -> list[list[B]]:
+    """In runs without a gap of more than a month: between a visit of next week and one of 2099 nobody needs the hours."""
+    runs: list[list[B]] = []
+    for one in sorted(bookings, key=lambda each: each.start_time):
+        if not runs or one.start_time - runs[-1][-1].start_time > _GAP:
+            runs.append([])
+        runs[-1].append(one)
+    return runs
 
 
 def _reach(bookings: Sequence[Booked]) -> Interval:

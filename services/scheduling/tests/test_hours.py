@@ -1,5 +1,6 @@
 """Hours that are not right, and what a change of hours leaves outside."""
 
+from collections import namedtuple
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -17,7 +18,8 @@ from care.scheduling.v1.stranded_pb2_grpc import StrandedAppointmentsServiceStub
 
 from chassis.errors import Problem
 from chassis.ids import new_id
-from services.scheduling.directory import Clinic, Schedule
+from services.scheduling import stranding
+from services.scheduling.directory import Clinic, Practitioner, Schedule
 from services.scheduling.releasing import next_release, released
 from services.scheduling.tests.desk import ALWAYS, refused, soon
 
@@ -286,3 +288,30 @@ def test_a_release_is_seen_once_whenever_one_looks_and_not_on_days_that_are_clos
     assert starts == [
         "06-06 22:00", "06-09 09:00", "06-13 22:00", "06-20 22:00", "06-23 09:00", "06-27 22:00", "06-30 09:00",
     ]  # fmt: skip
+
+
+def test_a_visit_of_another_century_costs_no_more_than_one_of_next_week(monkeypatch):
+    """A visit that was imported for 2099 had each change of hours count out every day until then."""
+    start = datetime(2027, 3, 1, 14, tzinfo=UTC)
+    schedule = Schedule(practitioner_id=A, clinic_id=B, weekly_hours=[block(1, "09:00", "17:00")], exceptions=[])
+    clinic = Clinic(id=B, time_zone="America/New_York", status="ACTIVE")
+    practitioner = Practitioner(id=A, active=True, roles=[{"clinic_id": B}])
+
+    fields = "id practitioner_id clinic_id visit_type_id start_time end_time participants"
+    booking, kind, counted = namedtuple("Booking", fields), new_id(), []
+
+    def visit(at):
+        return booking(new_id(), A, B, kind, at, at + timedelta(minutes=30), [])
+
+    real = stranding.open_intervals
+
+    def counting(weekly, exceptions, closed, zone, first, last, *more):
+        counted.append(last - first)
+        return real(weekly, exceptions, closed, zone, first, last, *more)
+
+    monkeypatch.setattr(stranding, "open_intervals", counting)
+    hours = stranding.Hours({B: clinic}, {A: practitioner}, {(A, B): schedule})
+    held, far = visit(start), visit(datetime(2099, 3, 2, 14, tzinfo=UTC))
+    tuesday, on_and_on = visit(start + timedelta(days=1)), [visit(start + timedelta(weeks=n)) for n in range(1, 9)]
+    assert {one.id for one in hours.outside([far, *on_and_on, tuesday, held])} == {tuesday.id}
+    assert sum(counted) < 100 * 86_400
