@@ -8,6 +8,7 @@ look that began after it came, one for all who wait; so it sees what was booked 
 
 import asyncio
 import time
+from array import array
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -72,6 +73,8 @@ class Mirror:
         self._snapshot = _NEVER
         self._looked = float("-inf")
         self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self.rows = 0
+        """How many are kept, as of what was read last."""
         self.now = 0.0
         """The database's clock at the last look, in seconds of the epoch."""
         self.version = (0, 0)
@@ -120,6 +123,7 @@ class Mirror:
 
     def _forget(self) -> None:
         self._entries.clear()
+        self.rows = 0
         self._snapshot = _NEVER
 
     async def keep(self, fetch: Fetch, tenant_id: str, ref_ids: Collection[str]) -> bool:
@@ -144,6 +148,7 @@ class Mirror:
                     self._entries[ref_id] = entry
         while len(self._entries) > AT_MOST:
             self._entries.popitem(last=False)
+        self.rows = sum(len(one.rows) for one in self._entries.values())
         return not self._missing(ref_ids)
 
     def _missing(self, ref_ids: Collection[str]) -> list[str]:
@@ -158,7 +163,7 @@ class Starts:
 
     def __init__(self, entry: Entry, now: float, at: list[int], days: list[tuple[int, int]]) -> None:
         self.entry, self.change, self.until = entry, entry.change, entry.ends(now)
-        self.at = at
+        self.at = array("q", at)  # a fifth of a list's room
         self.days = days
         """(ordinal of the local date, place of its first start), ascending."""
 

@@ -24,6 +24,8 @@ from services.scheduling.directory import Clinic, Practitioner, Resource, Schedu
 from services.scheduling.mirror import VERSION, Fetch, Mirror, Starts
 
 _SCHEDULES_AT_MOST, _RESOURCES_AT_MOST, _TENANTS_AT_MOST = 20_000, 50_000, 64
+_ROWS_AT_MOST = 1_000_000  # of all calendars that are kept: some 150 MB
+_ROWS_OF_STARTS = 50  # somebody's starts for a visit type take as much room as so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,11 @@ class _Kept:
     directory: Directory | None = None
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    @property
+    def rows(self) -> int:
+        """What it takes, counted in rows of the calendar."""
+        return self.mirror.rows + _ROWS_OF_STARTS * len(self.directory.starts if self.directory else ())
+
 
 class Directories:
     """The directories and calendars that were read, by database and tenant; those asked for last are kept."""
@@ -127,7 +134,9 @@ class Directories:
         tenants = self._kept.setdefault(database, OrderedDict())
         kept = tenants.setdefault(tenant_id, _Kept())
         tenants.move_to_end(tenant_id)
-        while len(tenants) > _TENANTS_AT_MOST:
+        while len(tenants) > _TENANTS_AT_MOST or (
+            len(tenants) > 1 and sum(one.rows for one in tenants.values()) > _ROWS_AT_MOST
+        ):
             tenants.popitem(last=False)
         await kept.mirror.look(fetch, tenant_id)
         found = kept.directory

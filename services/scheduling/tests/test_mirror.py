@@ -15,7 +15,8 @@ from care.scheduling.v1.availability_views_pb2_grpc import AvailabilityViewsServ
 from sqlalchemy import event
 
 from chassis.errors import Problem
-from services.scheduling import mirror, service
+from chassis.ids import new_id
+from services.scheduling import mirror, service, snapshot
 from services.scheduling.finding import Search, free_slots
 from services.scheduling.service import SERVICE
 from services.scheduling.tests.desk import refused, soon
@@ -206,6 +207,30 @@ async def test_a_directory_that_has_changed_is_read_once_for_all_who_search(desk
     with Sent(desk.database) as sent:
         await asyncio.gather(*(desk.search(**window) for _ in range(20)))
     assert len([one for one in sent.statements if "FROM schedule" in one and "sum(" not in one]) == 1
+
+
+async def test_calendars_of_many_tenants_take_no_more_room_than_is_allowed_for_all(desk, monkeypatch):
+    """Some tenants with many people and visits would else fill a process: what was asked for longest ago goes."""
+    doctor, fetch = await desk.a_practitioner("Large"), desk.database.fetch
+    await desk.book(await desk.a_patient(), soon(days=10, hour=9), doctor)
+    tenants = [desk.harness.tenant_id, *(new_id() for _ in range(2))]
+    directories = snapshot.Directories()
+
+    async def ask(tenant_id):
+        async with desk.database.reading() as db:
+            return await directories.current(desk.database, tenant_id, fetch, lambda: db)
+
+    _, copy = await ask(tenants[0])
+    await copy.keep(fetch, tenants[0], [doctor])
+    await ask(tenants[1])
+    assert list(directories._kept[desk.database]) == tenants[:2]
+    monkeypatch.setattr(snapshot, "_ROWS_AT_MOST", 0)
+    await ask(tenants[2])
+    assert list(directories._kept[desk.database]) == tenants[1:]
+    _, copy = await ask(tenants[0])
+    await copy.keep(fetch, tenants[0], [doctor])
+    assert (await ask(tenants[0]))[1] is copy, "whoever asks is never dropped"
+    assert list(directories._kept[desk.database]) == tenants[:1]
 
 
 async def test_a_window_that_is_over_is_empty_for_a_patient_with_visits_too(desk):
