@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import uvloop
@@ -16,17 +16,26 @@ from chassis.settings import Settings
 from chassis.telemetry import install_log_guard
 
 
-def run(service: Service) -> None:
-    """Serve until SIGTERM or SIGINT; `migrate` brings the schema up and ends instead."""
+def run(service: Service, migrated: Callable[[str], Awaitable[None]] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; `migrate` brings the schema up and ends instead.
+
+    `migrated(database_url)` then brings up what a release ships as rows.
+    """
     arguments = sys.argv[1:]
     if arguments not in ([], ["migrate"]):
         sys.exit(f"usage: python -m services.{service.name} [migrate]")
     settings = service.settings()
     if arguments:
-        uvloop.run(migrations.upgrade(settings.database_url, service.migrations, service.base.metadata))
+        uvloop.run(_migrate(service, settings, migrated))
         return
     install_log_guard(service=service.name)
     uvloop.run(_serve(service, settings))
+
+
+async def _migrate(service: Service, settings: Settings, migrated: Callable[[str], Awaitable[None]] | None) -> None:
+    await migrations.upgrade(settings.database_url, service.migrations, service.base.metadata)
+    if migrated is not None:
+        await migrated(settings.database_url)
 
 
 def bus_of(settings: Settings) -> Bus:

@@ -1,6 +1,7 @@
 """The registry over gRPC: who may read, who may write, and what a stranger learns."""
 
 import asyncio
+import runpy
 
 import pytest
 from care.events.v1.envelope_pb2 import Event
@@ -445,3 +446,20 @@ async def test_a_role_gets_what_a_later_release_ships_and_never_back_what_was_ta
         assert sorted((await connection.execute(text(told), {"tenant": tenant})).scalar_one()) == permissions
     await start({"self.read", "appointments.book", "waitlist.write"})
     assert await stored() == (permissions, version)
+
+
+async def test_an_installation_gets_what_a_release_ships_with_its_migration(harness, monkeypatch):
+    """Only `care up` brought roles up: where workloads are run by themselves, no new permission reached anybody."""
+    server, tenant = harness.servers["patients"], new_id()
+    url = server.settings.database_url
+    shipped = {"scheduler": frozenset({"self.read"})}
+    monkeypatch.setattr("services.patients.bootstrap.SHIPPED", shipped)
+    await bootstrap(url, tenant_id=tenant, issuer="https://issuer.test")
+    shipped["scheduler"] |= {"waitlist.write"}
+    monkeypatch.setenv("CARE_DATABASE_URL", url)
+    monkeypatch.setattr("sys.argv", ["patients", "migrate"])
+    await asyncio.to_thread(runpy.run_module, "services.patients", run_name="__main__")
+    async with server.database.engine.begin() as connection:
+        found = "SELECT permissions FROM role WHERE tenant_id = :tenant"
+        rows = (await connection.execute(text(found), {"tenant": tenant})).scalars().all()
+    assert rows == [["self.read", "waitlist.write"]]
