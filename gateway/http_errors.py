@@ -75,6 +75,7 @@ CONFLICTS: Final = frozenset(
         "PREVIOUS_STANDS",
         "QUOTA_REACHED",
         "SEATS_TAKEN",
+        "SELF_SERVICE_LIMIT",
         "SELF_SERVICE_TOO_LATE",
         "SESSION_CLOSED",
         "TOO_EARLY",

@@ -1,6 +1,6 @@
 """Booking: what is wanted is checked against the directory as it is now, resources are chosen, and all are taken at once."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -13,7 +13,7 @@ from sqlalchemy.sql.selectable import TextualSelect
 
 from chassis.asking import Sight, fact
 from chassis.errors import AlreadyExists, FailedPrecondition, Invalid, LostRace, PermissionDenied
-from services.scheduling import eligibility, occupancy, policies
+from services.scheduling import days, eligibility, occupancy, policies
 from services.scheduling.appointment import Appointment, Status
 from services.scheduling.availability import DAY, Interval, Quota, WeeklyHours, occurrences, one_of_each, open_intervals
 from services.scheduling.directory import (
@@ -361,6 +361,7 @@ async def look(
     if not moving and patient_id:
         if terms.self_service:
             policies.check("book", found.visit_type.self_booking, place.start, second)
+            await keep_day(db, tenant_id, patient_id, place, found.visit_type.self_booking, found.clinic)
         found.admit(terms, _known(db, patient_id) if found.needs_facts else eligibility.NOTHING)
     return Chosen(found, found.choose(overbooking))
 
@@ -420,9 +421,13 @@ async def choose(
     )
     freed = [own] if own else []
     stale, quotas = chosen.stale, chosen.found.quotas()
-    if stale or own or quotas:
-        # Two who each take the last place of a quota at other times meet at the practitioner's number.
-        numbers = {one.no for one in chosen.lanes if stale or own or one.kind == _PRACTITIONER}
+    policy = chosen.found.visit_type.self_booking
+    by_day = not own and terms.self_service and bool((policy or {}).get("at_most_per_day"))
+    if stale or own or quotas or by_day:
+        # Two who each take the last place of a quota at other times meet at the practitioner's number, two who each
+        # take the patient's last one of a day at the patient's.
+        meet = {*((_PRACTITIONER,) if quotas else ()), *((_PATIENT,) if by_day else ())}
+        numbers = {one.no for one in chosen.lanes if stale or own or one.kind in meet}
         if own:
             numbers |= set(await occupancy.numbers(db, tenant_id, own))
         if not locked:
@@ -431,6 +436,8 @@ async def choose(
             raise LostRace(taken())
     if quotas:
         await keep_quotas(db, tenant_id, chosen.found, quotas, [own])
+    if by_day:
+        await keep_day(db, tenant_id, patient_id, place, policy, chosen.found.clinic)
     if stale:
         freed += await end_expired(db, tenant_id, stale)
     return Chosen(chosen.found, chosen.lanes, freed, overbooks=bool(locked))
@@ -610,6 +617,29 @@ async def keep(db: AsyncSession, hold: Appointment, now: datetime) -> bool:
     return await occupancy.keep(db, hold.tenant_id, hold.id) >= len(hold.participants)
 
 
+async def keep_day(
+    db: AsyncSession, tenant_id: str, patient_id: str, place: Place, policy: Mapping[str, Any] | None, clinic: Clinic
+) -> None:
+    """Raises FailedPrecondition `SELF_SERVICE_LIMIT` where a patient has all the visits of a day that they may book."""
+    at_most = (policy or {}).get("at_most_per_day", 0)
+    if not at_most:
+        return
+    first, last = days.window(datetime.fromtimestamp(place.start, clinic.zone).date(), clinic.time_zone)
+    values = {
+        "tenant": tenant_id,
+        "patient": patient_id,
+        "visit_type": place.visit_type_id,
+        "first": first,
+        "last": last,
+    }
+    if (await db.execute(_OF_DAY, values)).scalar_one() >= at_most:
+        raise FailedPrecondition(
+            "SELF_SERVICE_LIMIT",
+            "As many such visits as one books for a day without staff are booked already; please call.",
+            at_most=str(at_most),
+        )
+
+
 async def end_expired(db: AsyncSession, tenant_id: str, spans: Sequence[Span]) -> list[str]:
     """End the expired holds that stand in these spans; those that another has in hand are left to it."""
     holders = [
@@ -672,10 +702,13 @@ ESTABLISHED = (
     " AND ({specialty} IS NULL OR v.specialty->>'code' = {specialty}))"
 )
 """SQL: whether a patient is established for a specialty, or at all where it is null."""
+_STANDS = (
+    "status NOT IN ('CANCELLED', 'ENTERED_IN_ERROR', 'PROPOSED', 'WAITLIST')"
+    " AND (status <> 'PENDING' OR hold_expire_time > clock_timestamp())"
+)
 STARTED_WHERE = (
     "tenant_id = :tenant AND practitioner_id = ANY(:practitioners) AND start_time >= :first AND start_time < :last"
-    " AND status NOT IN ('CANCELLED', 'ENTERED_IN_ERROR', 'PROPOSED', 'WAITLIST')"
-    " AND (status <> 'PENDING' OR hold_expire_time > clock_timestamp())"
+    f" AND {_STANDS}"
 )
 """SQL: what counts against quotas."""
 STARTED = text(
@@ -776,6 +809,13 @@ def _finding(sight: TextClause | None) -> TextualSelect:
     return statement.bindparams(*more).bindparams(*_FIND_VALUES).columns(**_FIND_COLUMNS)
 
 
+_OF_DAY = text(
+    "SELECT count(*) FROM appointment WHERE tenant_id = :tenant AND patient_id = :patient AND visit_type_id = :visit_type"
+    f" AND start_time >= :first AND start_time < :last AND {_STANDS}"
+).bindparams(
+    *(bindparam(name, type_=_UUID) for name in ("tenant", "patient", "visit_type")),
+    *(bindparam(name, type_=DateTime(timezone=True)) for name in ("first", "last")),
+)
 _FIRST = PACKED.format(no="s.no", lane="0")
 _STALE = text(
     "SELECT DISTINCT o.holder_id FROM unnest(:nos, :starts, :ends) AS s(no, first, last)"

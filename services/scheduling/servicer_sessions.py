@@ -14,7 +14,7 @@ from chassis.reading import Rows
 from chassis.wire import OUTPUT_ONLY, enum_names, given, given_time, plain, to_proto, to_time
 from services.scheduling import booking, occupancy, policies, session
 from services.scheduling.appointment import Appointment, Status
-from services.scheduling.directory import VisitType
+from services.scheduling.directory import Clinic, VisitType
 from services.scheduling.occupancy import Taking
 from services.scheduling.offers import Place
 from services.scheduling.scheduling_request import follow_visit, follow_visits
@@ -59,6 +59,8 @@ class SessionsServicer(SessionsServiceServicer):
             )
             policy = (await call.db.execute(kinds)).scalar_one_or_none()
             policies.check("book", policy, int(found.start_time.timestamp()), int(call.now.timestamp()))
+            clinic = await call.db.get_one(Clinic, (call.tenant_id, found.clinic_id))
+            await booking.keep_day(call.db, call.tenant_id, request.patient_id, found.taken_at, policy, clinic)
         terms = booking.Terms(
             is_self_service(call),
             referral=any(one.type == "Referral" for one in request.based_on),

@@ -28,12 +28,12 @@ REPORTED = {
     "waitlist": "cal.diy#10616 medplum#10141 canvas#446 Yosemite-Crew#1729 booking-activities#70 indico#3036",
     "wave": "cal.diy#17354",
     "several resources": "cal.diy#13745 openemr#13552 easyappointments#1400 calendar#3619 elabftw#5171 calrs#149",
-    "by patients": "openemr#562 openemr#11076 openemr#12483 openemr#6234 craniumcafe#280",
+    "by patients": "openemr#562 openemr#4258 openemr#11076 openemr#12483 openemr#6234 craniumcafe#280",
     "conflicts": "openemr#2632 Bahmni#89 Bahmni#95 Bahmni#200 Bahmni#201",
     "duplicates": "Bahmni#133",
     "slow": "cal.diy#5277 cal.diy#21103 cal.diy#4007 cal.diy#4535 cal.diy#9924 cal.diy#23482 Cal-ID#1428",
 }
-"""By what goes wrong: where it was reported. openemr#4258 is left out: nothing limits how often a patient books a day."""
+"""By what goes wrong: where it was reported."""
 
 DETROIT = ZoneInfo("America/Detroit")
 

@@ -10,6 +10,7 @@ from care.patients.v1 import facts_pb2
 from care.patients.v1.facts_pb2_grpc import FactsServiceServicer, add_FactsServiceServicer_to_server
 from care.scheduling.v1 import appointments_pb2 as pb
 
+from chassis.errors import Problem
 from chassis.ids import new_id
 from services.scheduling import occupancy
 from services.scheduling.tests.desk import ALWAYS, refused, soon
@@ -302,6 +303,30 @@ async def test_patients_book_move_and_cancel_by_themselves_as_the_visit_type_say
     assert (await desk.do("Cancel", by_staff, reason=reason)).status == pb.Appointment.CANCELLED
     free = await desk.book(patient, near, doctor, "self")
     assert (await desk.do("Cancel", free, "self", reason=reason)).status == pb.Appointment.CANCELLED
+
+
+async def test_patients_book_so_many_visits_of_a_day_by_themselves_also_at_once_and_staff_books_more(desk):
+    """Reported elsewhere, reschedule and cancel by patient: a limit for each day. openemr#4258."""
+    patient = await desk.a_patient()
+    may = ["appointments.read", "appointments.book"]
+    await desk.harness.staff("eager", may, kind="PATIENT", principal_id=patient)
+    kind = await desk.a_visit_type("twice", self_booking={"at_most_per_day": 2})
+    doctors = [await desk.a_practitioner(f"Often {number}") for number in range(6)]
+    noon = (datetime.now(NEW_YORK) + timedelta(days=5)).replace(hour=12, minute=0, second=0, microsecond=0)
+    starts = [noon + timedelta(hours=number) for number in range(6)]
+    answers = await asyncio.gather(
+        *(
+            desk.book(patient, start, doctor, "eager", visit_type_id=kind)
+            for start, doctor in zip(starts, doctors, strict=True)
+        ),
+        return_exceptions=True,
+    )
+    reasons = [answer.reason for answer in answers if isinstance(answer, Problem)]
+    assert reasons == ["SELF_SERVICE_LIMIT"] * 4, answers
+    late = noon.replace(hour=23, minute=30)
+    assert await refused(desk.book(patient, late, doctors[0], "eager", visit_type_id=kind)) == "SELF_SERVICE_LIMIT"
+    assert (await desk.book(patient, late + timedelta(hours=1), doctors[0], "eager", visit_type_id=kind)).id
+    assert (await desk.book(patient, late, doctors[0], visit_type_id=kind)).id
 
 
 async def _seen(desk, patient):
