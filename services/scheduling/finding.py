@@ -36,7 +36,7 @@ from services.scheduling.booking import ESTABLISHED, STARTED, STARTED_WHERE
 from services.scheduling.directory import VisitType, speaks
 from services.scheduling.eligibility import Facts
 from services.scheduling.mirror import Entry, Fetch, Mirror, Starts, by_day
-from services.scheduling.occupancy import LANES, PACKED
+from services.scheduling.occupancy import LANES, PACKED, STARTS_BEFORE
 from services.scheduling.snapshot import Directory, Place, Room, Seat, look, read
 
 _ROWS_AT_MOST = 200_000
@@ -121,14 +121,18 @@ def kilometres(one: tuple[float, float], other: tuple[float, float]) -> float:
 
 
 def window(start: int, end: int, now: int, days: int = DAYS_AT_MOST) -> Interval:
-    """The window to look in. Raises Invalid `WINDOW_TOO_LONG`, also where it begins that far away, `PERIOD_INVALID`."""
+    """The window to look in; empty where nothing can be booked any more.
+
+    Raises Invalid `WINDOW_TOO_LONG`, also where it begins that far away, `PERIOD_INVALID`.
+    """
     if start and end and end < start:
         raise Invalid("PERIOD_INVALID", "The end lies before the beginning.", field="end_time")
     begin = max(start or now, now)
     end = end or begin + DAYS * DAY
     if end - (start or now) > days * DAY + 3600:  # an hour more where clocks are turned back
         raise Invalid("WINDOW_TOO_LONG", f"A search spans {days} days at the most.", field="end_time")
-    return begin, end
+    # Somebody's seconds end there: what is looked for later would be found where somebody else's begin.
+    return min(begin, STARTS_BEFORE), min(end, STARTS_BEFORE)
 
 
 async def free_slots(db: AsyncSession, search: Search, count: int, after: Found | None = None) -> Free:

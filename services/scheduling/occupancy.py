@@ -55,6 +55,8 @@ _LAST_NO = (1 << 29) - 2
 PACKED = "((({no}) << 34) + ((({lane})::bigint) << 32))"
 """SQL of the packed value at which a resource's lane begins: second 0 of 1970."""
 _SECONDS = 1 << 32  # of a lane: until 2106
+STARTS_BEFORE = _SECONDS - 3 * 86_400
+"""What starts before this second is within its lane, whatever its length."""
 
 
 def startable(start: datetime, field: str = "start_time") -> datetime:
@@ -62,7 +64,7 @@ def startable(start: datetime, field: str = "start_time") -> datetime:
     # Within a second it would be another one to the calendar than to the reader.
     if start.microsecond:
         raise Invalid("START_INVALID", "A start is a whole second.", field=field)
-    if start.timestamp() >= _SECONDS - 3 * 86_400:
+    if start.timestamp() >= STARTS_BEFORE:
         raise Invalid("START_INVALID", "A start is before 2106.", field=field)
     return start
 

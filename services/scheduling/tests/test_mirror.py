@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from datetime import timedelta
+from datetime import UTC, timedelta
 
 import asyncpg
 import grpc
@@ -231,6 +231,23 @@ async def test_calendars_of_many_tenants_take_no_more_room_than_is_allowed_for_a
     await copy.keep(fetch, tenants[0], [doctor])
     assert (await ask(tenants[0]))[1] is copy, "whoever asks is never dropped"
     assert list(directories._kept[desk.database]) == tenants[:1]
+
+
+async def test_a_search_beyond_the_calendars_last_second_tells_nothing_of_somebody_else(desk):
+    """Seconds are packed behind a number: those of year 2570 would be today's of somebody else, of any organisation."""
+    doctor, other = await desk.a_practitioner("Near"), await desk.a_practitioner("Far")
+    asked, hidden = await desk.a_patient(), await desk.a_patient()
+    await desk.book(asked, soon(days=10, hour=9), doctor)
+    taken = await desk.book(hidden, soon(days=10, hour=11), doctor)
+    numbers = {str(one.ref_id): one.no for one in await desk.sql("SELECT ref_id, no FROM bookable")}
+    begin = taken.start_time.ToDatetime(UTC) + timedelta(seconds=(numbers[hidden] - numbers[asked]) << 34)
+    window = {"start_time": begin, "end_time": begin + timedelta(hours=1)}
+    for patient_id in (asked, ""):
+        more = {**window, "patient_id": patient_id}
+        assert not (await desk.search(practitioner_ids=[other], **more)).slots
+        assert not (await desk.count(practitioner_ids=[other], **more)).days
+    step = {"visit_type_id": desk.visit, "practitioner_ids": [other]}
+    assert not (await desk.panel(step, step, patient_id=asked, **window)).panels
 
 
 async def test_a_window_that_is_over_is_empty_for_a_patient_with_visits_too(desk):
