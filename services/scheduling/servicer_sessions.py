@@ -104,6 +104,8 @@ class SessionsServicer(SessionsServiceServicer):
         if not call.is_of(found.clinic_id):
             raise NotFound
         found.check_open(call.now)
+        if values.get("name") == (await _names(call, [found]))[found.id]:
+            del values["name"]  # sent back as it was shown, which may be the discreet one
         for name, value in values.items():
             if name not in _CHANGED and value != getattr(found, name):
                 raise Invalid("FIELD_FIXED", f"{name} isn't changed so.", field=f"session.{name}")

@@ -246,6 +246,9 @@ async def test_what_a_session_is_called_is_for_who_takes_part_and_for_staff_who_
     await desk.harness.staff("bot", ["availability.search"], clinics=[desk.clinic], clearances=["ETH"])
     names = {who: (await sessions.get(session, who)).name for who in ("clara", "tess", "stella", "bot")}
     assert names == {"clara": "Moving well", "tess": "Group", "stella": "Group", "bot": "Group"}
+    # Who may not know the name and sends back what was read, with more seats, doesn't overwrite it.
+    await update(sessions, await sessions.get(session), name="Group", capacity=4)
+    assert (await sessions.get(session, "clara")).name == "Moving well"
     assert (await sessions.get(await sessions.make())).name == "Moving well"
     # The seat is labelled like its visit type; a patient reads all of their own.
     assert (await sessions.get(session, "minna")).name == "Moving well"
