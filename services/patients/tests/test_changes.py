@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import text
 
+from chassis.database import engine
 from chassis.errors import Problem
 from services.patients.tests.desk import stamp
 from services.patients.tests.test_worklist import a_task, in_hours
@@ -63,6 +64,18 @@ async def test_a_change_whose_transaction_ends_late_is_not_passed_over(desk):
         await begun.commit()
     await asyncio.sleep(SETTLED)
     assert [task for task, _ in await follower.all()] == [slow.id, quick.id]
+
+
+async def test_nobody_waits_for_a_verification_of_the_audit(desk):
+    """It reads the whole audit in one transaction: for up to an hour every list of changes stood still."""
+    patient = await desk.patient()
+    verifying = engine(desk.harness.servers["patients"].settings, application="audit")
+    async with verifying.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+        task = await a_task(desk, patient)
+        await asyncio.sleep(SETTLED)
+        assert await Follower(desk, patient).all() == [(task.id, task.etag)]
+    await verifying.dispose()
 
 
 async def test_a_reader_beside_many_writers_ends_with_what_there_is(desk):
