@@ -366,8 +366,27 @@ class AuditLog:
         if not self._buffer:
             return
         rows = list(self._buffer)
-        await self.write(rows)
+        try:
+            await self.write(rows)
+        except Exception as error:
+            if not _is_refused(error):
+                raise
+            for row in rows:  # all but the one that no database takes: it would keep the others waiting for ever
+                await self._write_alone(row)
         del self._buffer[: len(rows)]
+
+    async def _write_alone(self, row: Mapping[str, Any]) -> None:
+        try:
+            await self.write([row])
+        except Exception as error:
+            if not _is_refused(error):
+                raise
+            self._log.error("audit row can't be written", method=row["method"], error=type(error).__name__)
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether it is the row's own fault: a value that is none, a constraint."""
+    return (getattr(getattr(error, "orig", error), "sqlstate", None) or "")[:2] in ("22", "23")
 
 
 def in_progress() -> Aborted:

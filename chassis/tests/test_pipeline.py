@@ -634,6 +634,20 @@ async def test_rows_that_wait_are_written_once_even_if_the_first_try_was_not_see
     assert not audit._buffer
 
 
+async def test_a_row_that_no_database_takes_keeps_no_other_waiting(small: Small) -> None:
+    audit = small.server.database.audit
+    entry = {
+        "id": new_id(), "tenant_id": new_id(), "actor": "staff:x", "on_behalf_of": "", "method": "poison",
+        "permission": "", "purpose": "", "subject_ids": [], "outcome": "OK", "trace_id": "",
+    }  # fmt: skip
+    await audit.refused({**entry, "actor": "staff:\0"})
+    for _ in range(2):
+        await audit.read({**entry, "id": new_id()}, at_once=False)
+    await audit._flush()
+    assert len(await audited(small, "poison")) == 2
+    assert not audit._buffer
+
+
 # -- several reads in one ----------------------------------------------------------------------------------------------
 
 
