@@ -361,6 +361,22 @@ async def _other_of_series(db: AsyncSession, visit: Appointment) -> str | None:
     return (await db.execute(query)).scalar_one_or_none()
 
 
+async def is_referred(db: AsyncSession, tenant_id: str, patient_id: str, based_on: Sequence[Any]) -> bool:
+    """Whether a referral of the patient's that needs, or needed, a visit is among what a request says it is based on.
+
+    For patients: what staff says of a referral is taken as said, since one on paper is known to nobody else.
+    """
+    ids = [one.id for one in based_on if one.type == "Referral"]
+    if not ids:
+        return False
+    query = select(SchedulingRequest.id).where(
+        SchedulingRequest.tenant_id == tenant_id,
+        SchedulingRequest.patient_id == patient_id,
+        SchedulingRequest.referral_id.in_(ids),
+    )
+    return (await db.execute(query.limit(1))).first() is not None
+
+
 async def standing_visit(db: AsyncSession, tenant_id: str, patient_id: str, referral_id: str) -> str | None:
     """A visit of the patient's that is based on a referral and stands."""
     rows = await db.execute(

@@ -19,7 +19,7 @@ from services.scheduling import booking, days, occupancy, offers, policies, sess
 from services.scheduling.appointment import Appointment, Status
 from services.scheduling.directory import Clinic, VisitType
 from services.scheduling.offers import Place
-from services.scheduling.scheduling_request import follow_visit, follow_visits
+from services.scheduling.scheduling_request import follow_visit, follow_visits, is_referred
 
 
 class Wanting(Protocol):
@@ -68,7 +68,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
     async def CreateAppointment(self, request: pb.CreateAppointmentRequest, call: Call) -> pb.Appointment:
         place = _offered(request.offer_token, call) if request.offer_token else _named(request, request.visit_type_id)
         overbooking = _overbooking(request, call)
-        chosen = await _choose(call, request.patient_id, place, overbooking, terms=_terms(request, call))
+        chosen = await _choose(call, request.patient_id, place, overbooking, terms=await _terms(request, call))
         appointment = await _new(request, call, chosen)
         appointment.comment = request.comment
         appointment.book(_reason(chosen, overbooking))
@@ -77,7 +77,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
     @_the_time
     async def HoldAppointment(self, request: pb.HoldAppointmentRequest, call: Call) -> pb.Appointment:
         place = _offered(request.offer_token, call)
-        chosen = await _choose(call, request.patient_id, place, terms=_terms(request, call))
+        chosen = await _choose(call, request.patient_id, place, terms=await _terms(request, call))
         appointment = await _new(request, call, chosen)
         seconds = request.hold_seconds if request.HasField("hold_seconds") else call.runtime.settings.hold_default  # type: ignore[attr-defined]
         appointment.hold(call.now + timedelta(seconds=seconds))
@@ -90,7 +90,7 @@ class AppointmentsServicer(AppointmentsServiceServicer):
         zone = await _zone_of(request.clinic_id, call, "clinic_id", locked=True)
         now = call.now.replace(second=0, microsecond=0)
         wanted = Place(request.visit_type_id, request.clinic_id, request.practitioner_id, int(now.timestamp()))
-        overbooking, terms = _overbooking(request, call), booking.Terms(referral=_has_referral(request))
+        overbooking, terms = _overbooking(request, call), booking.Terms(referral=await has_referral(request, call))
         if overbooking is None:
             wanted = await walkins.soonest(
                 call.db, call.tenant_id, request.patient_id, wanted, call.now, zone, referral=terms.referral
@@ -279,16 +279,19 @@ async def check_self_service(call: Call, verb: str, appointment: Appointment) ->
     policies.check(verb, policy, int(appointment.start_time.timestamp()), int(call.now.timestamp()))
 
 
-def _terms(request: Competing, call: Call) -> booking.Terms:
+async def _terms(request: Competing, call: Call) -> booking.Terms:
     return booking.Terms(
         is_self_service(call),
         _held_back(request, call),
-        _has_referral(request),
+        await has_referral(request, call),
         request.payer,
     )
 
 
-def _has_referral(request: Any) -> bool:
+async def has_referral(request: Any, call: Call) -> bool:
+    """Whether a visit that is asked for is based on a referral; a patient's word alone doesn't say so."""
+    if is_self_service(call):
+        return await is_referred(call.db, call.tenant_id, request.patient_id, request.based_on)
     return any(one.type == "Referral" for one in request.based_on)
 
 

@@ -23,7 +23,7 @@ from services.scheduling.offers import Place
 from services.scheduling.placing import Looked, Wanted, look_at_all, near, take_all
 from services.scheduling.scheduling_request import follow_visit, follow_visits
 from services.scheduling.series import Scope, Series, anchor, following, local, touched
-from services.scheduling.servicer_appointments import check_self_service, is_self_service, offer_signer
+from services.scheduling.servicer_appointments import check_self_service, has_referral, is_self_service, offer_signer
 
 _START = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}")
 _WITH_ALTERNATIVES = 12
@@ -35,13 +35,13 @@ class SeriesServicer(SeriesServiceServicer):
 
     async def PreviewSeries(self, request: pb.PreviewSeriesRequest, call: Call) -> pb.SeriesOutcome:
         _, looked, skipped = await _looked_up(request.series, call, lock=False)
-        return await _report(call, request.series.patient_id, _terms(request.series, call), looked, skipped)
+        return await _report(call, request.series.patient_id, await _terms(request.series, call), looked, skipped)
 
     async def CreateSeries(self, request: pb.CreateSeriesRequest, call: Call) -> pb.SeriesOutcome:
         series, looked, skipped = await _looked_up(request, call, lock=True)
         fits = [one for one in looked if one.chosen is not None]
         if not fits or (len(fits) < len(looked) and request.on_conflict != Request.BOOK_WHAT_FITS):
-            return await _report(call, request.patient_id, _terms(request, call), looked, skipped)
+            return await _report(call, request.patient_id, await _terms(request, call), looked, skipped)
         taken = []
         for part, one in enumerate(fits, 1):
             assert one.chosen is not None
@@ -69,7 +69,7 @@ class SeriesServicer(SeriesServiceServicer):
             await follow_visit(call.db, taken[0][0], call.now)
             await call.db.flush()
         booked = {visit.series_number: visit.id for visit, _ in taken}
-        return await _report(call, request.patient_id, _terms(request, call), looked, skipped, booked, series)
+        return await _report(call, request.patient_id, await _terms(request, call), looked, skipped, booked, series)
 
     async def RescheduleSeries(self, request: pb.RescheduleSeriesRequest, call: Call) -> pb.SeriesOutcome:
         series = await call.get(Series, request.id, etag=request.etag)
@@ -262,7 +262,7 @@ async def _looked_up(
             if place.visit_type_id != request.visit_type_id:
                 raise Invalid("OFFER_INVALID", "The offer is for another visit type.", field="choices.offer_token")
         (skipped if choices.get(number) == "" else wanted).append(Wanted(number, place, local=at))
-    terms = _terms(request, call)
+    terms = await _terms(request, call)
     looked = await look_at_all(call.db, call.tenant_id, request.patient_id, wanted, call.now, lock=lock, terms=terms)
     series = Series(
         tenant_id=call.tenant_id,
@@ -278,8 +278,8 @@ async def _looked_up(
     return series, looked, skipped
 
 
-def _terms(request: pb.CreateSeriesRequest, call: Call) -> booking.Terms:
-    return booking.Terms(is_self_service(call), referral=any(one.type == "Referral" for one in request.based_on))
+async def _terms(request: pb.CreateSeriesRequest, call: Call) -> booking.Terms:
+    return booking.Terms(is_self_service(call), referral=await has_referral(request, call))
 
 
 async def _check_self_service(call: Call, verb: str, visits: Sequence[Appointment]) -> None:

@@ -18,7 +18,7 @@ from services.scheduling.directory import Clinic, VisitType
 from services.scheduling.occupancy import Taking
 from services.scheduling.offers import Place
 from services.scheduling.scheduling_request import follow_visit, follow_visits
-from services.scheduling.servicer_appointments import is_self_service
+from services.scheduling.servicer_appointments import has_referral, is_self_service
 from services.scheduling.session import Session
 
 _CHANGED = ("name", "capacity", "waitlist_size")
@@ -63,7 +63,7 @@ class SessionsServicer(SessionsServiceServicer):
             await booking.keep_day(call.db, call.tenant_id, request.patient_id, found.taken_at, policy, clinic)
         terms = booking.Terms(
             is_self_service(call),
-            referral=any(one.type == "Referral" for one in request.based_on),
+            referral=await has_referral(request, call),
             payer=request.payer,
         )
         is_new = await booking.admit(call.db, call.tenant_id, request.patient_id, found.taken_at, terms)

@@ -265,3 +265,21 @@ async def test_a_patient_does_not_say_that_a_visit_cannot_wait(queue):
     await queue.desk.harness.staff("paul", ["requests.ask", "requests.read"], kind="PATIENT", principal_id=patient)
     assert await refused(queue.ask(patient, "paul", priority="STAT")) == "PRIORITY_REFUSED"
     assert (await queue.ask(patient, priority="STAT")).id
+
+
+async def test_a_patient_needs_a_referral_of_their_own_where_one_is_asked_for_not_just_any_id(queue, desk):
+    patient, stranger, doctor = await desk.a_patient(), await desk.a_patient(), await desk.a_practitioner("Referred")
+    may = ["appointments.read", "appointments.book"]
+    await desk.harness.staff("referred", may, kind="PATIENT", principal_id=patient)
+    kind = await desk.a_visit_type("referred", eligibility={"referral_required": True})
+    mine, theirs, start = new_id(), new_id(), soon(6)
+    await queue.tell("accepted", theirs, stranger, 1, "ACCEPTED")
+
+    def book(referral, subject):
+        based_on = [{"type": "Referral", "id": referral}]
+        return desk.book(patient, start, doctor, subject, visit_type_id=kind, based_on=based_on)
+
+    for unfit in (mine, theirs):
+        assert await refused(book(unfit, "referred")) == "NOT_ELIGIBLE"
+    await queue.tell("accepted", mine, patient, 1, "ACCEPTED")
+    assert (await book(mine, "referred")).id
