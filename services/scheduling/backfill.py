@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from prometheus_client import Counter, Histogram
-from sqlalchemy import and_, case, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
@@ -163,18 +163,20 @@ async def _divide(db: AsyncSession, opened: OpenedHours) -> None:
         db.add(row)
 
 
+def _gives_up(older: Any) -> ColumnElement[bool]:
+    """The condition that `older` is the booked visit that an entry gives up."""
+    return and_(
+        older.tenant_id == WaitlistEntry.tenant_id,
+        older.id == WaitlistEntry.appointment_id,
+        older.status == Status.BOOKED,
+    )
+
+
 async def _wishes(db: AsyncSession, opened: OpenedHours, now: datetime) -> list[Wish]:
     older = aliased(Appointment)
     query = (
         select(*_WISHED, older.start_time)
-        .outerjoin(
-            older,
-            and_(
-                older.tenant_id == WaitlistEntry.tenant_id,
-                older.id == WaitlistEntry.appointment_id,
-                older.status == Status.BOOKED,
-            ),
-        )
+        .outerjoin(older, _gives_up(older))
         .where(
             WaitlistEntry.tenant_id == opened.tenant_id,
             WaitlistEntry.visit_type_id == opened.visit_type_id,
@@ -284,14 +286,7 @@ async def candidates(db: AsyncSession, slot: FreedSlot, held: Terms) -> tuple[li
     )
     query = (
         select(WaitlistEntry.status, *_WISHED, older.start_time)
-        .outerjoin(
-            older,
-            and_(
-                older.tenant_id == WaitlistEntry.tenant_id,
-                older.id == WaitlistEntry.appointment_id,
-                older.status == Status.BOOKED,
-            ),
-        )
+        .outerjoin(older, _gives_up(older))
         .where(
             WaitlistEntry.tenant_id == slot.tenant_id,
             WaitlistEntry.visit_type_id == slot.visit_type_id,

@@ -9,19 +9,9 @@ from chassis.errors import Invalid
 from chassis.wire import plain, to_proto
 from services.scheduling.appointment import Appointment, Status
 from services.scheduling.directory import Schedule
-from services.scheduling.stranding import hours_of
+from services.scheduling.stranding import COLUMNS, hours_of
 
 _SHOWN = 200
-_COLUMNS = (
-    Appointment.id,
-    Appointment.patient_id,
-    Appointment.clinic_id,
-    Appointment.practitioner_id,
-    Appointment.visit_type_id,
-    Appointment.start_time,
-    Appointment.end_time,
-    Appointment.participants,
-)
 
 
 class HoursServicer(HoursServiceServicer):
@@ -41,7 +31,7 @@ class HoursServicer(HoursServiceServicer):
             Appointment.status == Status.BOOKED,
             Appointment.start_time > func.clock_timestamp(),
         )
-        bookings = list((await call.db.execute(ahead.with_only_columns(*_COLUMNS))).all())
+        bookings = list((await call.db.execute(ahead.with_only_columns(*COLUMNS, Appointment.patient_id))).all())
         hours = await hours_of(
             call.db,
             call.tenant_id,

@@ -34,6 +34,16 @@ class Booked(Protocol):
 
 
 B = TypeVar("B", bound=Booked)
+COLUMNS = (
+    Appointment.id,
+    Appointment.clinic_id,
+    Appointment.practitioner_id,
+    Appointment.visit_type_id,
+    Appointment.start_time,
+    Appointment.end_time,
+    Appointment.participants,
+)
+"""Those of a `Booked`."""
 
 
 @dataclass(slots=True)
@@ -145,16 +155,7 @@ class Stranding:
 
     async def before(self, *, clinic_id: str = "", practitioner_id: str = "", resource_id: str = "") -> None:
         """Look at the bookings ahead of this clinic, practitioner (or one at the other) or resource as it still is."""
-        columns = (
-            Appointment.id,
-            Appointment.clinic_id,
-            Appointment.practitioner_id,
-            Appointment.visit_type_id,
-            Appointment.start_time,
-            Appointment.end_time,
-            Appointment.participants,
-        )
-        query = select(*columns).where(
+        query = select(*COLUMNS).where(
             Appointment.tenant_id == self._tenant_id,
             Appointment.status == Status.BOOKED,
             Appointment.start_time > self._now,

@@ -1,7 +1,7 @@
 """`care import`: bundles of patients from a folder, a file on clinics, and another system's visits."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -120,15 +120,7 @@ def calendar_command(
                 progress=progress,
             )
 
-    try:
-        with _progress(errors) as progress:
-            asyncio.run(run(progress))
-    except FileBroken as error:
-        errors.print(str(error), markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        report.stopped = "by Ctrl-C"
-    report.print(Console(), dry_run)
+    _carry_out(run, report, errors, dry_run=dry_run)
     if report_file is not None:
         report.write(report_file)
     raise typer.Exit(report.exit_status())
@@ -171,6 +163,18 @@ def hours_command(
         async with GatewayClient(url, token) as client:
             await load_hours(file, client, report, dry_run=dry_run, progress=progress)
 
+    _carry_out(run, report, errors, dry_run=dry_run)
+    raise typer.Exit(report.exit_status())
+
+
+def _carry_out(
+    run: Callable[[Progress], Coroutine[Any, Any, None]],
+    report: HoursReport | VisitsReport,
+    errors: Console,
+    *,
+    dry_run: bool,
+) -> None:
+    """Run it under a progress bar and print its report. Exits with 2 where the file can't be read."""
     try:
         with _progress(errors) as progress:
             asyncio.run(run(progress))
@@ -180,7 +184,6 @@ def hours_command(
     except KeyboardInterrupt:
         report.stopped = "by Ctrl-C"
     report.print(Console(), dry_run)
-    raise typer.Exit(report.exit_status())
 
 
 def _pairs(given: Sequence[str], errors: Console) -> dict[str, str]:
